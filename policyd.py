@@ -1,0 +1,1538 @@
+#!/usr/bin/env python3
+"""policyd: a Postfix policy daemon that stops a phished account from spamming through your relay.
+
+It counts the recipients of each SASL user over a sliding 24 hours in MariaDB and answers, message by
+message, whether the mail goes on, is parked in the hold queue for a human, or is refused.  Postfix asks
+it from the submission services, once a message is complete and all its recipients are known (main.cf):
+
+    smtpd_end_of_data_restrictions =
+        check_policy_service { inet:127.0.0.1:9093, timeout=10s, default_action=DUNNO }
+
+A request is lines of name=value and an empty line; the answer is one line and an empty line.  To try it by
+hand, start `python3 policyd.py` and paste the left side into `nc 127.0.0.1 9093`:
+
+    request=smtpd_access_policy
+    sasl_username=anna                            action=DUNNO
+    recipient_count=1
+
+What it answers, where the sum is the user's recipients of the last 24 hours, this message included:
+
+    sum >= 2 x quota     REJECT max quota exceeded       the client gets 554
+    sum >= quota         HOLD quota exceeded             accepted, and waits in the hold queue
+    else                 DUNNO                           goes on to the next restriction
+
+A login, sender or client address on the blacklist is held at any time; one on the whitelist is let
+through, uncounted, in office hours; mail without a login (inbound mail) is none of our business.
+
+When the database is away, mail flows: policyd answers DUNNO at once, logs one error, tries the servers of
+`dbhost` in turn in the background, and counts again when one is back.  Without any `db...` setting the
+events are kept in an embedded SQLite file instead, and nothing but Python is needed.
+
+Files:    /etc/postfix/policyd.cfg (settings), events.sqlite3 in `statedir` (the embedded store).
+Signals:  HUP reads the settings again, TERM and INT answer what has been asked and end, USR1 logs a status.
+Status:   0, 1 (cannot listen, database not usable in --check), 78 (a mistake in the settings).
+Log:      syslog, facility daemon, tag policyd.
+
+The sections below, each of which uses only those above it:
+names, log, settings, protocol, decision, storage, recorder, server, process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import difflib
+import errno
+import io
+import ipaddress
+import itertools
+import os
+import queue
+import re
+import resource
+import signal
+import socket
+import socketserver
+import sqlite3
+import stat
+import struct
+import sys
+import syslog
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, Union
+
+if TYPE_CHECKING:
+    import pymysql
+    from pymysql.connections import Connection
+
+T = TypeVar("T")
+OnSum = Callable[["int | None"], None]
+
+__version__ = "0.1.0"
+
+SETTINGS_FILE = "/etc/postfix/policyd.cfg"
+
+MAX_LINE = 8192  # bytes of one attribute, newline included
+MAX_REQUEST = 65536  # bytes of one request
+IDLE_TIMEOUT_S = 1015  # above Postfix's smtpd_policy_service_max_ttl (1000 s): Postfix is the one to hang up
+REQUEST_TIMEOUT_S = 30  # for a whole request once its first byte is here, however it dribbles
+SEND_TIMEOUT_S = 10  # for an answer that the client does not read
+REMEMBERED_ANSWERS = 10_000
+
+BATCH_EVENTS = 256  # the most that one INSERT takes
+BATCH_DEADLINE_S = 2.8  # for a batch, retries included: whoever waits has an answer within 3 s
+CONNECT_TIMEOUT_S = 1
+STATEMENT_TIMEOUT_S = 2  # the server ends a statement itself, so that it leaves no late row behind
+RETRY_DELAYS_S = (1, 2, 4, 8, 15)  # between two looks for a database that is away; the last one repeats
+TABLE_LOOK_S = 60  # how long a connection trusts what it has seen of the table's columns and indexes
+PURGE_SLICE = 10_000  # rows of one DELETE
+KEEP_DAYS = 7
+FIRST_PURGE_S = 60
+RETRY_PURGE_S = 3600
+DAY_S = 86_400
+STUCK_S = 10  # an event that waits longer than this stops the watchdog's pings
+
+LOG_QUEUE_LINES = 10_000
+LISTEN_BACKLOG = 1024  # socketserver's 5 leaves clients waiting for seconds in a rush
+MAX_CONNECTIONS = 1000
+SPARE_DESCRIPTORS = 64  # for the database, the store, the log
+DRAIN_S = 3.5  # at the end: for the answers still owed
+
+
+# ---- log: lines on their way to syslog ------------------------------------------------------------
+
+
+class Log:
+    """A queue of lines and the one thread that hands them to syslog, so that no answer waits for it.
+
+    libc's syslog() blocks after a dozen lines when nobody reads /dev/log.  Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._lines: queue.SimpleQueue[tuple[int, str] | None] = queue.SimpleQueue()
+        self._dropped = 0
+        self._lock = threading.Lock()  # guards _dropped
+        self.to_stderr = False
+        self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
+        self._write: Callable[[int, str], None] = syslog.syslog
+
+    def start(self, to_stderr: bool) -> None:
+        """Open syslog as daemon/policyd[pid], or write the same lines to stderr, and start the thread."""
+        self.to_stderr = to_stderr or not os.path.exists("/dev/log")
+        if self.to_stderr:
+            tag = f"policyd[{os.getpid()}]: "
+            self._write = lambda level, line: print(tag + line, file=sys.stderr, flush=True)
+        else:
+            syslog.openlog("policyd", syslog.LOG_PID, syslog.LOG_DAEMON)
+        self._thread.start()
+
+    def info(self, line: str) -> None:
+        """Log a decision."""
+        self._put(syslog.LOG_INFO, line)
+
+    def warning(self, line: str) -> None:
+        """Log what a human should look at."""
+        self._put(syslog.LOG_WARNING, line)
+
+    def error(self, line: str) -> None:
+        """Log that counting is impaired."""
+        self._put(syslog.LOG_ERR, line)
+
+    def stop(self) -> None:
+        """Write what is queued, in a second at most: a stuck syslog must not keep us."""
+        if self._thread.is_alive():
+            self._lines.put(None)
+            self._thread.join(timeout=1)
+
+    def _put(self, level: int, line: str) -> None:
+        if self._lines.qsize() < LOG_QUEUE_LINES:
+            self._lines.put((level, printable(line)))
+        else:
+            with self._lock:
+                self._dropped += 1
+
+    def _write_all(self) -> None:
+        while (item := self._lines.get()) is not None:
+            with contextlib.suppress(OSError, ValueError):  # stderr is closed: nobody to tell
+                self._write(*item)
+            if self._dropped and self._lines.empty():
+                with self._lock:
+                    dropped, self._dropped = self._dropped, 0
+                self.warning(f"{dropped} log lines were lost: syslog did not take them")
+
+
+def printable(text: str) -> str:
+    """Return `text` as printable ASCII on one line, everything else escaped as in a Python string."""
+    if text.isascii() and text.isprintable():
+        return text
+    return text.encode("unicode_escape").decode("ascii")
+
+
+log = Log()
+
+
+class OnceAMinute:
+    """Lets the first of many equal complaints through, and then one a minute."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def due(self, now: float) -> bool:
+        """Tell whether to complain at `now` (monotonic seconds)."""
+        if now < self._next:
+            return False
+        self._next = now + 60
+        return True
+
+
+# ---- settings: one file, read whole or not at all ---------------------------------------------------
+
+
+class SettingsError(Exception):
+    """A mistake in the settings: `FILE:LINE: what is wrong, and what may be meant`."""
+
+
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+class UserList:
+    """A whitelist or a blacklist: logins, senders, client addresses, and networks in CIDR form."""
+
+    def __init__(self, entries: Iterable[str | Network] = ()) -> None:
+        self._texts = {entry for entry in entries if isinstance(entry, str)}
+        self._networks = [entry for entry in entries if not isinstance(entry, str)]
+
+    def holds(self, names: Iterable[str], client_address: str) -> bool:
+        """Tell whether one of `names` (lower case) or the client's address is listed."""
+        if client_address in self._texts or not self._texts.isdisjoint(names):
+            return True
+        if not self._networks:
+            return False
+        try:
+            address = ipaddress.ip_address(client_address)
+        except ValueError:  # Postfix says "unknown" of a client that has gone
+            return False
+        return any(address in network for network in self._networks)
+
+
+NOBODY = UserList()
+
+
+def read_number(lowest: int, highest: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers in these bounds; like all readers below it raises ValueError."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or not lowest <= int(text) <= highest:
+            raise ValueError(f"give a number from {lowest} to {highest}, digits only")
+        return int(text)
+
+    return read
+
+
+def read_range(lowest: int, highest: int, example: str) -> Callable[[str], tuple[int, int]]:
+    """Return a reader of FROM-TO in these bounds."""
+
+    def read(text: str) -> tuple[int, int]:
+        match = re.fullmatch(r"([0-9]{1,2}) *- *([0-9]{1,2})", text)
+        if not match or not lowest <= int(match[1]) <= int(match[2]) <= highest:
+            raise ValueError(f"give FROM-TO between {lowest} and {highest}, for example {example}")
+        return int(match[1]), int(match[2])
+
+    return read
+
+
+def read_yes_or_no(text: str) -> bool:
+    """Read `yes` or `no`."""
+    if text.lower() not in ("yes", "no"):
+        raise ValueError("give yes or no")
+    return text.lower() == "yes"
+
+
+def read_table(text: str) -> str:
+    """Read a table's name, which goes into SQL as it is."""
+    if not re.fullmatch("[A-Za-z0-9_$]{1,64}", text):
+        raise ValueError("give a plain SQL name of letters, digits, _ and $, for example events")
+    return text
+
+
+def read_servers(text: str) -> tuple[tuple[str, int | None], ...]:
+    """Read `host`, `host:port`, `[IPv6]:port` or `/socket`, several with commas or spaces between."""
+    servers: list[tuple[str, int | None]] = []
+    for server in text.replace(",", " ").split():
+        match = re.fullmatch(r"(/.+|[^][:/]+|(?=.*:.*:)[0-9A-Fa-f:.]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?", server)
+        if not match or not 0 < int(match[2] or 1) < 65536:
+            raise ValueError(f"{server} is not a server; give host, host:port, [IPv6]:port or a socket's path")
+        servers.append((match[1].strip("[]"), int(match[2]) if match[2] else None))
+    if not servers:
+        raise ValueError("give a server")
+    return tuple(servers)
+
+
+def read_list_entry(text: str) -> str | Network:
+    """Read a login, sender or client address, lower-cased, or a network in CIDR form."""
+    entry = text.lower()
+    try:
+        ipaddress.ip_address(entry.partition("/")[0])
+    except ValueError:
+        return entry
+    address = ipaddress.ip_interface(entry)
+    if "/" not in entry:
+        return str(address.ip)
+    if address.ip != address.network.network_address:
+        raise ValueError(f"the address has bits beyond the prefix; did you mean {address.network}?")
+    return address.network
+
+
+def setting(default: Any, read: Callable[[str], Any], restart: bool = False, secret: bool = False) -> Any:
+    """Return a field of Settings: its default, how its text is read, and whether a change needs a restart."""
+    return dataclasses.field(default=default, repr=not secret, metadata={"read": read, "restart": restart})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings, each named as in the file; a reload replaces the whole object, so a request sees one state."""
+
+    bind: str = setting("127.0.0.1", str, restart=True)
+    port: int = setting(9093, read_number(1, 65535), restart=True)
+    defaultquota: int = setting(1500, read_number(1, 999_999_999))
+    strip_domain: bool = setting(True, read_yes_or_no)
+    whitelist: UserList = setting(NOBODY, read_list_entry)
+    blacklist: UserList = setting(NOBODY, read_list_entry)
+    whitelist_days: tuple[int, int] = setting((1, 5), read_range(1, 7, "1-5"))
+    whitelist_hours: tuple[int, int] = setting((7, 19), read_range(0, 24, "7-19"))
+    dbhost: tuple[tuple[str, int | None], ...] = setting((), read_servers, restart=True)
+    dbport: int = setting(3306, read_number(1, 65535), restart=True)
+    dbname: str = setting("", str, restart=True)
+    dbuser: str = setting("", str, restart=True)
+    dbpass: str = setting("", str, restart=True, secret=True)
+    policy_table: str = setting("events", read_table, restart=True)
+    statedir: str = setting("", str, restart=True)
+
+    @classmethod
+    def from_file(cls, path: str) -> Settings:
+        """Read `path`; raises SettingsError, which names file, line and remedy.
+
+        Lines of key=value.  `#` starts a comment only at the start of a line, and quotes are literal:
+        passwords contain both.
+        """
+        values: dict[str, Any] = {}
+        entries: dict[str, list[str | Network]] = {"whitelist": [], "blacklist": []}
+        line_of: dict[str, int] = {}
+        for number, line in enumerate(read_lines(path), start=1):
+            if not line or line.startswith("#"):
+                continue
+            try:
+                key, value = cls._read_line(line)
+                if key in entries:
+                    entries[key].append(value)
+                elif key in values:
+                    raise ValueError(f"{key}= was given in line {line_of[key]} already; keep one of them")
+            except ValueError as error:
+                raise SettingsError(f"{path}:{number}: {printable(str(error))}") from error
+            values[key], line_of[key] = value, number
+        values.update((key, UserList(listed)) for key, listed in entries.items())
+        database = [key for key in line_of if key.startswith("db")]
+        for key in ("dbname", "dbuser"):
+            if database and key not in values:
+                raise SettingsError(
+                    f"{path}:{line_of[database[0]]}: {database[0]}= needs {key}= too;"
+                    " add it, or remove every db... line to use the embedded store"
+                )
+        if database:
+            values.setdefault("dbhost", (("127.0.0.1", None),))
+        return cls(**values)
+
+    @classmethod
+    def _read_line(cls, line: str) -> tuple[str, Any]:
+        readers = {field.name: field.metadata["read"] for field in dataclasses.fields(cls)}
+        key, equals, text = (part.strip() for part in line.partition("="))
+        if not equals:
+            key = line.split()[0]  # no more of it: it may be a password
+        if key not in readers:
+            close = difflib.get_close_matches(key.lower(), readers, n=1)
+            hint = f"did you mean {close[0]}=?" if close else f"known are {', '.join(readers)}"
+            raise ValueError(f"unknown setting {key}; {hint}")
+        if not equals:
+            raise ValueError(f"no '=' after {key}; write {key}=VALUE")
+        if not text and key != "dbpass":
+            raise ValueError(f"{key}= has no value; give one, or remove the line")
+        if not text.isprintable():  # nor are the stand-ins for bytes that are not UTF-8
+            raise ValueError(f"{key}= has a control character or is not UTF-8; type it again")
+        try:
+            return key, readers[key](text)
+        except ValueError as error:
+            raise ValueError(f"{key}={text}: {error}") from error
+
+    def listens_on(self) -> str:
+        """Return the address as Postfix spells it."""
+        if self.bind.startswith("/"):
+            return f"unix:{self.bind}"
+        return f"inet:[{self.bind}]:{self.port}" if ":" in self.bind else f"inet:{self.bind}:{self.port}"
+
+    def differences(self, other: Settings) -> list[str]:
+        """Return the names of the settings that need a restart and differ."""
+        restart = [field.name for field in dataclasses.fields(self) if field.metadata["restart"]]
+        return [name for name in restart if getattr(self, name) != getattr(other, name)]
+
+    def state_file(self, name: str) -> str:
+        """Return the path of `name` in statedir, $STATE_DIRECTORY, /var/lib/policyd or the current directory."""
+        directory = self.statedir or os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+        if not directory:
+            directory = "/var/lib/policyd" if os.access("/var/lib/policyd", os.W_OK) else os.getcwd()
+        return os.path.join(directory, name)
+
+
+def read_lines(path: str) -> list[str]:
+    """Return the lines of a settings file without the space around them: UTF-8, but comments may hold anything."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            return [line.strip() for line in file]
+    except OSError as error:
+        hint = f"; try: chown root:policyd {path} && chmod 0640 {path}" if error.errno == errno.EACCES else ""
+        raise SettingsError(f"{path}: {error.strerror}{hint}") from error
+
+
+# ---- protocol: Postfix's SMTPD_POLICY_README, and nothing of storage ----------------------------------
+
+
+class ProtocolError(Exception):
+    """The peer does not speak the policy protocol; it gets no answer, as the document asks."""
+
+
+class PolicyRequest(NamedTuple):
+    """What policyd wants to know of one request, named as Postfix names it.  (A tuple: it is made quickly.)"""
+
+    protocol_state: str
+    instance: str
+    queue_id: str
+    sasl_username: str
+    sender: str
+    client_address: str
+    recipient_count: int  # 0 outside DATA and END-OF-MESSAGE
+
+
+def read_request(readline: Callable[[int], bytes]) -> PolicyRequest | None:
+    """Read one request, or return None when the peer ends before its empty line; raises ProtocolError.
+
+    Unknown attributes are ignored, of an attribute given twice the last one counts, and a missing one is
+    as good as an empty one.  A value may hold any byte but NUL and newline: what is not UTF-8 is escaped.
+    """
+    lines: list[bytes] = []
+    size = 0
+    while (line := readline(MAX_LINE + 1)) != b"\n":
+        size += len(line)
+        if line[-1:] != b"\n":
+            if len(line) <= MAX_LINE:
+                return None
+            raise ProtocolError(f"a line longer than {MAX_LINE} bytes")
+        if size > MAX_REQUEST:
+            raise ProtocolError(f"a request longer than {MAX_REQUEST} bytes")
+        lines.append(line)
+    text = b"".join(lines).decode("utf-8", "backslashreplace")
+    if "\0" in text:
+        raise ProtocolError("a NUL byte")
+    try:
+        attributes = dict([line.split("=", 1) for line in text.split("\n")[:-1]])
+    except ValueError:
+        raise ProtocolError("a line without '='") from None
+    if attributes.get("request") != "smtpd_access_policy":
+        raise ProtocolError("no request=smtpd_access_policy")
+    count = attributes.get("recipient_count", "0")
+    if not (count.isascii() and count.isdigit() and len(count) <= 6):
+        raise ProtocolError(f"recipient_count={count[:80]} is not 1 to 6 digits")
+    value = attributes.get
+    return PolicyRequest(
+        protocol_state=value("protocol_state", ""),
+        instance=value("instance", ""),
+        queue_id=value("queue_id", ""),
+        sasl_username=value("sasl_username", ""),
+        sender=value("sender", ""),
+        client_address=value("client_address", ""),
+        recipient_count=int(count),
+    )
+
+
+# ---- decision: numbers and hours, no clock, no socket, no SQL ------------------------------------------
+
+DUNNO = "DUNNO"  # not OK: later restrictions still run (access(5))
+HOLD_BLACKLISTED = "HOLD blacklisted"
+HOLD = "HOLD quota exceeded"
+REJECT = "REJECT max quota exceeded"
+
+
+def decide(recipients: int, hold_at: int, reject_at: int) -> str:
+    """Return the access(5) action for a user who has reached `recipients` in 24 h.
+
+    `recipients` counts the message being asked about.  Reaching a limit is over it.
+    """
+    if recipients >= reject_at:
+        return REJECT
+    if recipients >= hold_at:
+        return HOLD
+    return DUNNO
+
+
+def in_office_hours(now: time.struct_time, days: tuple[int, int], hours: tuple[int, int]) -> bool:
+    """Tell whether the local time `now` lies on these days (1 is Monday) and in these hours, the end excluded."""
+    return days[0] <= now.tm_wday + 1 <= days[1] and hours[0] <= now.tm_hour < hours[1]
+
+
+def login_of(sasl_username: str, strip_domain: bool) -> str:
+    """Return the account a `sasl_username` stands for: lower case, and cut at `@`."""
+    login = sasl_username.lower()
+    return (strip_domain and login.partition("@")[0]) or login
+
+
+# ---- storage: events in, sums out; two stores behind one interface --------------------------------------
+
+
+class RepositoryUnavailable(Exception):
+    """The store cannot be used now, for whatever reason: time or somebody else has to mend it."""
+
+
+class Event(NamedTuple):
+    """One message of one user: the columns of the table, to which the store adds `ts` by its own clock."""
+
+    sasl_username: str
+    sender: str
+    client_address: str
+    recipient_count: int
+
+
+class Repository(Protocol):
+    """What the rest asks of a store; `deadline` is in monotonic seconds.  All raise RepositoryUnavailable."""
+
+    def insert(self, events: Sequence[Event], deadline: float) -> set[int]:
+        """Commit `events` as of now; return the positions of those that were refused for their own sake."""
+
+    def sum_recipients(self, events: Sequence[Event], rows: int, deadline: float) -> list[int]:
+        """Return, for each of the `events` just inserted, what its login had reached with it in 24 h.
+
+        Of a login's events with recipients the newest `rows` must be summed, older ones may be left out.
+        """
+
+    def check(self, deadline: float) -> str:
+        """Return one line on the store, once it has been seen that events can be inserted."""
+
+    def purge(self, keep_days: int) -> int:
+        """Delete the events older than `keep_days`, a slice at a time; return their number.  For any thread."""
+
+    def init(self) -> str:
+        """Create or upgrade the table; return one line on what was done."""
+
+
+def run_up(logins: Sequence[str], events: Sequence[Event], totals: dict[str, int]) -> list[int]:
+    """Return the sums after each event, given the `totals` of the logins after the last one."""
+    left = dict(totals)
+    sums = []
+    for login, event in zip(reversed(logins), reversed(events)):
+        sums.append(left[login])
+        left[login] -= event.recipient_count
+    return sums[::-1]
+
+
+class ConnectionPool:
+    """PyMySQL connections to the first server of `dbhost` that answers.  Thread-safe."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._servers = collections.deque(settings.dbhost)
+        self._idle: collections.deque[Connection[Any]] = collections.deque()
+
+    @contextlib.contextmanager
+    def connection(self, deadline: float) -> Iterator[Connection[Any]]:
+        """Lend a connection whose every wait ends at `deadline`; one in which anything failed is thrown away."""
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self.connect(deadline, STATEMENT_TIMEOUT_S)
+        set_deadline(connection, deadline)
+        try:
+            yield connection
+        except (pymysql.DataError, pymysql.IntegrityError):
+            self._idle.append(connection)  # a row was refused, the connection is sound
+            raise
+        except BaseException:
+            close_quietly(connection)
+            while self._idle:  # they go to the same server
+                close_quietly(self._idle.pop())
+            raise
+        self._idle.append(connection)
+
+    def connect(self, deadline: float, statement_timeout_s: int) -> Connection[Any]:
+        """Connect to the first server that answers (0: statements may take their time)."""
+        failures = []
+        for _ in range(len(self._servers)):
+            host, port = self._servers[0]
+            patience = min(CONNECT_TIMEOUT_S, deadline - time.monotonic())
+            socket_path = host if host.startswith("/") else None
+            try:
+                if patience <= 0:
+                    raise TimeoutError("no time left")
+                return pymysql.connect(
+                    host="localhost" if socket_path else host,
+                    port=port or self._settings.dbport,
+                    unix_socket=socket_path,
+                    user=self._settings.dbuser,
+                    password=self._settings.dbpass,
+                    database=self._settings.dbname,
+                    charset="utf8mb4",
+                    autocommit=True,  # committed before it is summed, or two relays would miss each other
+                    connect_timeout=patience,
+                    read_timeout=patience,
+                    write_timeout=patience,
+                    init_command=f"SET SESSION max_statement_time={statement_timeout_s}",
+                )
+            except Exception as error:  # what answers there may speak anything, and PyMySQL trip over it anyhow
+                failures.append(f"{host}: {error}")
+                self._servers.rotate(-1)
+        raise RepositoryUnavailable("; ".join(failures))
+
+
+def set_deadline(connection: Connection[Any], deadline: float) -> None:
+    """Let no read or write of `connection` wait beyond `deadline`; PyMySQL has such limits at connect only."""
+    patience = max(0.01, deadline - time.monotonic())
+    vars(connection).update(_read_timeout=patience, _write_timeout=patience)
+
+
+def close_quietly(connection: Connection[Any]) -> None:
+    """Close a connection that may be broken already."""
+    with contextlib.suppress(Exception):
+        connection.close()
+
+
+CODECS = {"utf8mb4": "utf-8", "latin1": "cp1252"}  # MariaDB's latin1 is cp1252; of the others we use ASCII
+
+
+class Table(NamedTuple):
+    """What the server says of the table."""
+
+    columns: tuple[tuple[int, str], ...]  # width in characters and Python codec of the three texts
+    force_index: str  # FORCE INDEX (...), if there is one that begins (sasl_username, ts
+    login: str  # the expression by which two logins are equal only if they are
+
+    def fit(self, event: Event) -> tuple[str | int, ...]:
+        """Return `event` in the form in which the table keeps it, so that none is refused for not fitting."""
+        return (*map(fit, event[:3], self.columns), event.recipient_count)
+
+
+def fit(text: str, column: tuple[int, str]) -> str:
+    """Return `text` as a CHAR column gives it back: escaped, cut, and without spaces at its end."""
+    width, codec = column
+    if text.isascii() and len(text) <= width and not text.endswith(" "):
+        return text
+    return text.encode(codec, "backslashreplace").decode(codec)[:width].rstrip(" ")
+
+
+class MariaDBRepository:
+    """The events in a MariaDB table: that of scripts/schema.sql, or go-policyd's as it is."""
+
+    CREATE = """CREATE TABLE IF NOT EXISTS `{table}` (
+  `ts` DATETIME(3) NOT NULL DEFAULT CURRENT_TIMESTAMP(3),
+  `sasl_username` VARCHAR(255) NOT NULL DEFAULT '',
+  `sender` VARCHAR(255) NOT NULL DEFAULT '',
+  `client_address` VARCHAR(80) NOT NULL DEFAULT '',
+  `recipient_count` INT DEFAULT NULL,
+  PRIMARY KEY (`ts`, `sasl_username`, `sender`, `client_address`),
+  KEY `login_ts` (`sasl_username`, `ts`, `recipient_count`)
+) ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin"""  # the same as scripts/schema.sql
+    UPGRADE = """ALTER TABLE `{table}`
+  MODIFY `ts` DATETIME(3) NOT NULL DEFAULT CURRENT_TIMESTAMP(3),
+  MODIFY `sasl_username` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL DEFAULT '',
+  MODIFY `sender` VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL DEFAULT '',
+  MODIFY `client_address` VARCHAR(80) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL DEFAULT '',
+  MODIFY `recipient_count` INT DEFAULT NULL,
+  DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin"""
+    ADD_KEY = ", ADD KEY `login_ts` (`sasl_username`, `ts`, `recipient_count`)"
+    COLUMNS = (
+        "SELECT LOWER(column_name), character_maximum_length, character_set_name, collation_name"
+        " FROM information_schema.columns WHERE table_schema = DATABASE() AND table_name = %s"
+    )
+    INDEXES = (
+        "SELECT index_name FROM information_schema.statistics"
+        " WHERE table_schema = DATABASE() AND table_name = %s"
+        " AND (seq_in_index, column_name) IN ((1, 'sasl_username'), (2, 'ts'))"
+        " GROUP BY index_name HAVING COUNT(*) = 2"
+    )
+    INSERT = (
+        "INSERT INTO `{table}` (ts, sasl_username, sender, client_address, recipient_count) {rows}"
+        " ON DUPLICATE KEY UPDATE"  # two messages of one millisecond add up
+        " recipient_count = COALESCE(recipient_count, 0) + VALUES(recipient_count),"
+        " ts = ts"  # go-policyd's table would move it
+    )
+    ROW = "(CURRENT_TIMESTAMP(3), %s, %s, %s, %s)"
+    NO_ROW = "SELECT CURRENT_TIMESTAMP(3), '', '', '', 0 FROM DUAL WHERE FALSE"
+    DAY = "ts > CURRENT_TIMESTAMP(3) - INTERVAL 1 DAY"
+    BINARY = "CONVERT(sasl_username USING utf8mb4) COLLATE utf8mb4_bin"  # equal only if it is
+    SUM = (  # of many logins at once; the column's collation may find more of them than were asked for
+        "SELECT {login} AS login, SUM(recipient_count), COUNT(*) FROM `{table}` {index}"
+        f" WHERE sasl_username IN ({{logins}}) AND {DAY} GROUP BY login"
+    )
+    BOUNDED_SUM = (  # of one login's newest rows, so that a long history costs no more than a short one
+        "SELECT %s, SUM(recipient_count), COUNT(*) FROM (SELECT recipient_count FROM `{table}` {index}"
+        f" WHERE sasl_username = %s AND {{login}} = %s AND {DAY} AND recipient_count > 0"
+        " ORDER BY ts DESC LIMIT %s) AS newest"
+    )
+    PURGE = "DELETE FROM `{table}` WHERE ts < CURRENT_TIMESTAMP(3) - INTERVAL %s DAY ORDER BY ts LIMIT %s"
+
+    def __init__(self, settings: Settings) -> None:
+        global pymysql
+        import pymysql  # here: the embedded store needs nothing but Python
+
+        self._pool = ConnectionPool(settings)
+        self._name = settings.policy_table
+        self._where = f"table {settings.policy_table} of MariaDB database {settings.dbname}"
+        self._table: tuple[Table, float] | None = None  # as last seen, and when
+        self._long: set[str] = set()  # the logins whose history was last seen to be longer than needed
+
+    def __str__(self) -> str:
+        return self._where
+
+    def insert(self, events: Sequence[Event], deadline: float) -> set[int]:
+        """See Repository."""
+        try:
+            self._run(lambda connection: self._insert(connection, events), deadline)
+            return set()
+        except (pymysql.DataError, pymysql.IntegrityError) as error:
+            if len(events) == 1:
+                log.error(f"ERROR while UPDATING db: {error}; not counted: {'/'.join(map(str, events[0]))}")
+                return {0}
+        return {n for n, event in enumerate(events) if self.insert([event], deadline)}
+
+    def _insert(self, connection: Connection[Any], events: Sequence[Event]) -> None:
+        table = self._look(connection)
+        rows = f"VALUES {', '.join([self.ROW] * len(events))}"
+        statement = self.INSERT.format(table=self._name, rows=rows)
+        query(connection, statement, [value for event in events for value in table.fit(event)])
+
+    def sum_recipients(self, events: Sequence[Event], rows: int, deadline: float) -> list[int]:
+        """See Repository."""
+        return self._run(lambda connection: self._sum(connection, events, rows), deadline)
+
+    def _sum(self, connection: Connection[Any], events: Sequence[Event], rows: int) -> list[int]:
+        table = self._look(connection)
+        logins = [fit(event.sasl_username, table.columns[0]) for event in events]
+        totals = dict.fromkeys(logins, 0)
+        bounded = [login for login in totals if table.force_index and login in self._long]
+        others = [login for login in totals if login not in bounded]
+        words = {"table": self._name, "index": table.force_index, "login": table.login}
+        parts = [self.BOUNDED_SUM.format(**words)] * len(bounded)
+        arguments = [value for login in bounded for value in (login, login, login, rows)]
+        if others:
+            parts.append(self.SUM.format(logins=", ".join(["%s"] * len(others)), **words))
+            arguments += others
+        for login, total, found in query(connection, " UNION ALL ".join(parts), arguments):
+            login = login.rstrip(" ")
+            if login in totals:
+                totals[login] = int(total or 0)
+                (self._long.add if found >= rows else self._long.discard)(login)
+        return run_up(logins, events, totals)
+
+    def check(self, deadline: float) -> str:
+        """See Repository."""
+
+        def look(connection: Connection[Any]) -> Table:
+            self._table = None
+            table = self._look(connection)
+            query(connection, self.INSERT.format(table=self._name, rows=self.NO_ROW))
+            return table
+
+        table = self._run(look, deadline)
+        found = f"{self._where}, logins of up to {table.columns[0][0]} characters"
+        if table.force_index:
+            return f"{found}, index on (sasl_username, ts)"
+        found += ", NO index on (sasl_username, ts): slow when it is large; run policyd --init-db"
+        log.warning(found)
+        return found
+
+    def purge(self, keep_days: int) -> int:
+        """See Repository."""
+        deleted = 0
+        statement = self.PURGE.format(table=self._name)
+        with self._patient_connection() as connection, connection.cursor() as cursor:
+            while cursor.execute(statement, (keep_days, PURGE_SLICE)):
+                deleted += cursor.rowcount
+        return deleted
+
+    def init(self) -> str:
+        """See Repository."""
+        show = f"SHOW CREATE TABLE `{self._name}`"
+        with self._patient_connection() as connection:
+            if not query(connection, self.COLUMNS, [self._name]):
+                query(connection, self.CREATE.format(table=self._name))
+                return f"created {self._where}"
+            before = query(connection, show)
+            key = "" if query(connection, self.INDEXES, [self._name]) else self.ADD_KEY
+            query(connection, self.UPGRADE.format(table=self._name) + key)
+            if query(connection, show) == before:
+                return f"{self._where} is up to date"
+            return f"upgraded {self._where}: wide columns of any character, index on (sasl_username, ts)"
+
+    def _look(self, connection: Connection[Any]) -> Table:
+        """Return what is known of the table, looked at anew every minute: it may be upgraded under us."""
+        if self._table and time.monotonic() - self._table[1] < TABLE_LOOK_S:
+            return self._table[0]
+        columns = {
+            name: ((width, CODECS.get(charset, "ascii")), collation)
+            for name, width, charset, collation in query(connection, self.COLUMNS, [self._name])
+        }
+        missing = {"ts", *Event._fields} - set(columns)
+        if not columns:
+            raise RepositoryUnavailable(f"there is no {self._where}; create it with policyd --init-db")
+        if missing:
+            raise RepositoryUnavailable(f"{self._where} has no column {' and no '.join(sorted(missing))}")
+        indexes = query(connection, self.INDEXES, [self._name])
+        table = Table(
+            columns=tuple(columns[name][0] for name in Event._fields[:3]),
+            force_index=f"FORCE INDEX (`{indexes[0][0]}`)" if indexes else "",
+            login="sasl_username" if columns["sasl_username"][1] == "utf8mb4_bin" else self.BINARY,
+        )
+        self._table = table, time.monotonic()
+        return table
+
+    def _run(self, work: Callable[[Connection[Any]], T], deadline: float) -> T:
+        """Do `work` with a connection of the pool, and a second time where that is safe and promising.
+
+        A row refused for its own sake passes as DataError or IntegrityError.  Every other error of the driver,
+        whatever its class, means that the store cannot be used: a joining Galera node, a read-only server, ...
+        """
+        try:
+            try:
+                with self._pool.connection(deadline) as connection:
+                    return work(connection)
+            except pymysql.MySQLError as error:
+                if not worth_a_retry(error):
+                    raise
+            with self._pool.connection(deadline) as connection:
+                return work(connection)
+        except (pymysql.DataError, pymysql.IntegrityError):
+            raise
+        except pymysql.MySQLError as error:
+            raise RepositoryUnavailable(str(error)) from error
+
+    @contextlib.contextmanager
+    def _patient_connection(self) -> Iterator[Connection[Any]]:
+        """A connection of its own, for statements that take their time."""
+        connection = self._pool.connect(time.monotonic() + DAY_S, statement_timeout_s=0)
+        set_deadline(connection, time.monotonic() + DAY_S)
+        try:
+            yield connection
+        except pymysql.MySQLError as error:
+            raise RepositoryUnavailable(str(error)) from error
+        finally:
+            close_quietly(connection)
+
+
+def query(connection: Connection[Any], statement: str, arguments: Sequence[object] = ()) -> list[Any]:
+    """Run one statement and return its rows."""
+    with connection.cursor() as cursor:
+        cursor.execute(statement, arguments or None)
+        return list(cursor.fetchall())
+
+
+def worth_a_retry(error: pymysql.MySQLError) -> bool:
+    """Tell a connection found closed, or a race lost to another transaction, from a server that does not answer."""
+    if isinstance(error.__context__, socket.timeout):
+        return False  # it may be at work still, and once more would be twice
+    lost = (2006, 2013)  # server has gone away, lost connection
+    races = (1213, 1205, 1020)  # deadlock or Galera conflict, lock wait timeout, record has changed
+    return isinstance(error, pymysql.InterfaceError) or error.args[:1] in [(code,) for code in lost + races]
+
+
+class SQLiteRepository:
+    """The events in a file of our own: for a single relay without a database server."""
+
+    SCHEMA = """
+        CREATE TABLE IF NOT EXISTS events (
+            ts INTEGER NOT NULL, -- milliseconds since 1970, UTC
+            sasl_username TEXT NOT NULL,
+            sender TEXT NOT NULL,
+            client_address TEXT NOT NULL,
+            recipient_count INTEGER
+        );
+        CREATE INDEX IF NOT EXISTS login_ts ON events (sasl_username, ts, recipient_count);
+    """
+    INSERT = (
+        "INSERT INTO events (ts, sasl_username, sender, client_address, recipient_count) VALUES (?, ?, ?, ?, ?)"
+    )
+    SUM = (
+        "SELECT SUM(recipient_count) FROM (SELECT recipient_count FROM events"
+        " WHERE sasl_username = ? AND ts > ? AND recipient_count > 0 ORDER BY ts DESC LIMIT ?)"
+    )
+    WRITE = "PRAGMA user_version = 1"  # the least that can be written: it finds a full disk
+    OLD = "SELECT rowid FROM events WHERE ts < ? LIMIT ?"
+    DELETE = "DELETE FROM events WHERE rowid = ?"
+
+    def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._clock = clock
+        self._of_thread = threading.local()  # each thread has a connection of its own
+
+    def __str__(self) -> str:
+        return f"embedded store {self._path}"
+
+    def insert(self, events: Sequence[Event], deadline: float) -> set[int]:
+        """See Repository."""
+        now = self._ms_ago(days=0)
+        with self._connection() as connection:
+            connection.executemany(self.INSERT, [(now, *event) for event in events])
+        return set()
+
+    def sum_recipients(self, events: Sequence[Event], rows: int, deadline: float) -> list[int]:
+        """See Repository."""
+        since = self._ms_ago(days=1)
+        logins = [event.sasl_username for event in events]
+        totals = dict.fromkeys(logins, 0)
+        with self._connection() as connection:
+            for login in totals:
+                totals[login] = connection.execute(self.SUM, (login, since, rows)).fetchone()[0] or 0
+        return run_up(logins, events, totals)
+
+    def check(self, deadline: float) -> str:
+        """See Repository."""
+        with self._connection() as connection:
+            connection.execute(self.WRITE)
+        return str(self)
+
+    def purge(self, keep_days: int) -> int:
+        """See Repository."""
+        deleted = 0
+        while True:
+            with self._connection() as connection:
+                old = connection.execute(self.OLD, (self._ms_ago(keep_days), PURGE_SLICE)).fetchall()
+                connection.executemany(self.DELETE, old)
+            deleted += len(old)
+            if not old:
+                return deleted
+
+    def init(self) -> str:
+        """See Repository."""
+        return f"{self.check(0)} is ready"
+
+    def _ms_ago(self, days: int) -> int:
+        return int((self._clock() - days * DAY_S) * 1000)
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """This thread's connection, in a transaction: committed at the end, or rolled back and thrown away."""
+        try:
+            if not hasattr(self._of_thread, "connection"):
+                self._of_thread.connection = self._open()
+            with self._of_thread.connection as connection:
+                yield connection
+        except sqlite3.Error as error:
+            self._of_thread.__dict__.clear()
+            raise RepositoryUnavailable(f"{self._path}: {error}") from error
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=1)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")  # what was answered stays counted after a power cut
+        connection.executescript(self.SCHEMA)
+        return connection
+
+
+def open_repository(settings: Settings) -> Repository:
+    """Return the store that the settings name, without touching it yet."""
+    if settings.dbhost:
+        return MariaDBRepository(settings)
+    return SQLiteRepository(settings.state_file("events.sqlite3"))
+
+
+# ---- recorder: group commit; it knows neither SQL nor Postfix ---------------------------------------------
+
+
+class Recorder:
+    """Records events and tells their sums; one thread commits all events that wait with one statement.
+
+    There is no timer: while one batch is being committed, the next one gathers.  Within a batch the sums
+    run up in order of arrival, as if the messages had come one by one.
+    """
+
+    def __init__(self, repository: Repository, rows: int) -> None:
+        self.rows = rows  # of a login's newest ones, which a sum must cover
+        self._repository = repository
+        self._waiting: queue.SimpleQueue[tuple[Event, OnSum] | None] = queue.SimpleQueue()
+        self._batch_began: float | None = None  # monotonic, like all times here
+        self._lock = threading.Lock()  # guards the two below
+        self._away_since: float | None = None
+        self._uncounted = 0  # since then
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._commit_batches, name="recorder", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, which looks at the store first; events may come at once."""
+        self._thread.start()
+
+    def record(self, event: Event, on_sum: OnSum) -> None:
+        """Count `event`, then call on_sum(its login's sum of 24 h with it), or on_sum(None): it was not counted.
+
+        Thread-safe.  `on_sum` is called in the recorder's thread, for which all others wait: it must not
+        block and must not raise.
+        """
+        if self._away_since is None:
+            self._waiting.put((event, on_sum))
+        else:
+            on_sum(self._not_counted([event])[0])
+
+    def longest_wait_s(self) -> float:
+        """Return for how long the batch at work has kept its events, and those behind it, waiting."""
+        began = self._batch_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def state(self) -> str:
+        """Return `up`, or since when the store is away."""
+        since = self._away_since
+        return "up" if since is None else f"down for {time.monotonic() - since:.0f} s"
+
+    def stop(self, timeout: float) -> None:
+        """Commit what waits, in `timeout` seconds at most."""
+        self._closing.set()
+        self._waiting.put(None)
+        self._thread.join(timeout)
+
+    def _commit_batches(self) -> None:
+        self._look_at_store()
+        while (first := self._waiting.get()) is not None:
+            batch = [first]
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < BATCH_EVENTS:
+                    following = self._waiting.get_nowait()
+                    if following is None:
+                        self._waiting.put(None)  # the end comes after this batch
+                        break
+                    batch.append(following)
+            self._batch_began = time.monotonic()
+            sums = self._commit([event for event, _ in batch])
+            for (_, on_sum), recipients in zip(batch, sums):
+                try:
+                    on_sum(recipients)
+                except Exception:  # a fault of ours must not end this thread
+                    log.error(f"internal error: {traceback.format_exc()}")
+            self._batch_began = None
+
+    def _commit(self, events: list[Event]) -> Sequence[int | None]:
+        """Return the sums of one batch; whatever happens, everybody who waits gets something."""
+        if self._away_since is not None:
+            return self._not_counted(events)
+        deadline = time.monotonic() + BATCH_DEADLINE_S
+        try:
+            refused = self._repository.insert(events, deadline)
+            kept = [event for n, event in enumerate(events) if n not in refused]
+            sums = iter(self._repository.sum_recipients(kept, self.rows, deadline) if kept else [])
+            return [None if n in refused else next(sums) for n in range(len(events))]
+        except RepositoryUnavailable as error:
+            self._begin_outage(error)  # here the events will be kept in a journal
+        except Exception:  # the same
+            log.error(f"internal error: {traceback.format_exc()}")
+        return self._not_counted(events)
+
+    def _not_counted(self, events: list[Event]) -> list[None]:
+        with self._lock:
+            self._uncounted += len(events)
+        return [None] * len(events)
+
+    def _look_at_store(self) -> None:
+        try:
+            self._repository.check(time.monotonic() + BATCH_DEADLINE_S)
+        except RepositoryUnavailable as error:
+            self._begin_outage(error)
+
+    def _begin_outage(self, error: RepositoryUnavailable) -> None:
+        log.error(f"ERROR while UPDATING db: {error}; mail flows uncounted until it is back")
+        with self._lock:
+            self._uncounted = 0
+            self._away_since = time.monotonic()
+        threading.Thread(target=self._end_outage, args=(self._away_since,), name="reconnect", daemon=True).start()
+
+    def _end_outage(self, since: float) -> None:
+        """Look for the store until it takes events again."""
+        for delay in itertools.chain(RETRY_DELAYS_S, itertools.repeat(RETRY_DELAYS_S[-1])):
+            if self._closing.wait(delay):
+                return
+            with contextlib.suppress(RepositoryUnavailable):
+                self._repository.check(time.monotonic() + BATCH_DEADLINE_S)
+                break
+        with self._lock:
+            self._away_since = None
+            uncounted = self._uncounted
+        seconds = time.monotonic() - since
+        log.error(f"ERROR while UPDATING db: over after {seconds:.0f} s, {uncounted} messages were not counted")
+
+
+def purge_daily(repository: Repository, closing: threading.Event) -> None:
+    """Delete what is older than a week, soon after the start and then every day, until `closing`."""
+    pause: float = FIRST_PURGE_S
+    while not closing.wait(pause):
+        try:
+            deleted = repository.purge(KEEP_DAYS)
+        except RepositoryUnavailable as error:
+            pause = RETRY_PURGE_S
+            log.warning(f"old events stay for now: {error}")
+        else:
+            pause = DAY_S
+            log.info(f"purged {deleted} events older than {KEEP_DAYS} days")
+
+
+# ---- server: connections in, answers out ---------------------------------------------------------------------
+
+
+class RecentAnswers:
+    """The last answers, so that a message asked about twice is counted and logged once.  Thread-safe.
+
+    Postfix repeats a request whose answer got lost or was late, and asks at DATA and at END-OF-MESSAGE if told
+    to; `instance` is the same then.  `recipient_count` belongs to the key: a refused DATA followed by
+    more RCPTs keeps the instance.
+    """
+
+    def __init__(self) -> None:
+        self._answers: collections.OrderedDict[object, str | None] = collections.OrderedDict()
+        self._settled = threading.Condition()  # guards _answers; notified when an answer is there
+
+    def recall(self, key: object) -> str | None:
+        """Return the answer to `key`, waiting for it while it is worked out; or None: the caller shall settle it."""
+        with self._settled:
+            if key not in self._answers:
+                self._answers[key] = None
+                return None
+            while (answer := self._answers.get(key)) is None:
+                self._settled.wait()
+            return answer
+
+    def settle(self, key: object, answer: str) -> None:
+        """Remember the answer to `key`."""
+        with self._settled:
+            self._answers[key] = answer
+            if len(self._answers) > REMEMBERED_ANSWERS:
+                self._answers.popitem(last=False)
+            self._settled.notify_all()
+
+
+class Policy:
+    """Answers requests: the lists, the recorder, the decision and the log line, in this order.  Thread-safe."""
+
+    def __init__(self, settings: Settings, recorder: Recorder) -> None:
+        self.settings = settings  # replaced whole by a reload
+        self.answered: collections.Counter[str] = collections.Counter()
+        self._recorder = recorder
+        self._recent = RecentAnswers()
+        self._misplaced = OnceAMinute()
+        self._lock = threading.Lock()  # guards answered
+
+    def count(self, action: str) -> None:
+        """Keep count of an answer that has been sent."""
+        with self._lock:
+            self.answered[action.partition(" ")[0]] += 1
+
+    def answer(self, request: PolicyRequest, peer: str, reply: Callable[[str], None]) -> None:
+        """Call reply(access(5) action) once, now or from the recorder's thread; `peer` is the relay's address."""
+        if not request.sasl_username:
+            return reply(DUNNO)
+        if not request.recipient_count:
+            if self._misplaced.due(time.monotonic()):
+                log.warning(
+                    f"recipient_count is 0 at protocol_state {request.protocol_state}: nothing is counted;"
+                    " in main.cf, call policyd from smtpd_end_of_data_restrictions"
+                )
+            return reply(DUNNO)
+        if not request.instance:  # typed by hand: Postfix always sends one
+            return self._judge(request, reply)
+        key = peer, request.instance, request.recipient_count
+        known = self._recent.recall(key)
+        if known is not None:
+            return reply(known)
+
+        def settle(answer: str) -> None:
+            self._recent.settle(key, answer)
+            reply(answer)
+
+        try:
+            self._judge(request, settle)
+        except Exception:
+            settle(DUNNO)  # a fault of ours: nobody waits for it, and it is logged as one
+            raise
+
+    def _judge(self, request: PolicyRequest, reply: Callable[[str], None]) -> None:
+        settings = self.settings
+        login = login_of(request.sasl_username, settings.strip_domain)
+        event = Event(login, request.sender.lower(), request.client_address, request.recipient_count)
+        message = f"{login}/{event.sender}/{event.client_address}/{event.recipient_count}"
+        queue_id = f", queue_id={request.queue_id}" if request.queue_id else ""
+        names = (login, request.sasl_username.lower(), event.sender)
+        if settings.blacklist.holds(names, event.client_address):
+            log.info(f"Holding blacklisted user: {message}{queue_id}")
+            return reply(HOLD_BLACKLISTED)
+        if settings.whitelist.holds(names, event.client_address) and in_office_hours(
+            time.localtime(), settings.whitelist_days, settings.whitelist_hours
+        ):
+            log.info(f"skipping whitelisted user: {message}")
+            return reply(DUNNO)
+
+        def on_sum(recipients: int | None) -> None:
+            if recipients is None:
+                return reply(DUNNO)
+            quota = settings.defaultquota
+            answer = decide(recipients, quota, 2 * quota)
+            log.info(f"Updating db: {message}/{recipients}")
+            if answer != DUNNO:
+                verb, limit = ("REJECTING", f"2x{quota}") if answer == REJECT else ("DEFERRING", quota)
+                log.info(
+                    f"{verb} overquota ({recipients}>{limit}) for user {login}"
+                    f" using {event.sender} from ip [{event.client_address}]{queue_id}"
+                )
+            reply(answer)
+
+        self._recorder.record(event, on_sum)
+
+
+class RequestStream(io.RawIOBase):
+    """What a client sends, within two time limits: an idle connection's, and a whole request's.
+
+    The kernel's own limits (SO_RCVTIMEO) spare each read the poll() of Python's.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._deadline: float | None = None  # of the request that has begun, monotonic
+        self._limit(socket.SO_SNDTIMEO, SEND_TIMEOUT_S)
+        self._limit(socket.SO_RCVTIMEO, IDLE_TIMEOUT_S)
+
+    def readable(self) -> bool:
+        """Say that this is for reading, as io asks."""
+        return True
+
+    def begin(self) -> None:
+        """A request has begun: all of it must come in time."""
+        self._deadline = time.monotonic() + REQUEST_TIMEOUT_S
+
+    def end(self) -> None:
+        """The request is complete."""
+        self._deadline = None
+
+    @property
+    def in_request(self) -> bool:
+        """True from begin() to end()."""
+        return self._deadline is not None
+
+    def readinto(self, buffer: Any) -> int:
+        """Receive something; raises TimeoutError."""
+        if self._deadline is not None:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._limit(socket.SO_RCVTIMEO, left)
+        try:
+            return self._connection.recv_into(buffer)
+        except BlockingIOError:
+            raise TimeoutError from None
+        finally:
+            if self._deadline is not None:
+                self._limit(socket.SO_RCVTIMEO, IDLE_TIMEOUT_S)
+
+    def _limit(self, option: int, seconds: float) -> None:
+        microseconds = max(1, int(seconds * 1e6))
+        self._connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *divmod(microseconds, 1_000_000)))
+
+
+class PolicyHandler(socketserver.BaseRequestHandler):
+    """One connection of one smtpd process: requests line by line, any number of them, until it hangs up."""
+
+    server: PolicyServer
+
+    def handle(self) -> None:
+        """Answer requests until the end of the connection, a time-out, or a peer that speaks something else."""
+        stream = RequestStream(self.request)
+        reader = io.BufferedReader(stream)
+        peer = self.client_address[0] if self.client_address else "the Unix socket"
+        self._answered = threading.Lock()  # held while an answer is owed
+        try:
+            while reader.peek(1):
+                stream.begin()
+                request = read_request(reader.readline)
+                stream.end()
+                if request is None:
+                    break
+                self._answered.acquire()  # answers go out in the order of the requests
+                self.server.policy.answer(request, peer, self._reply)
+        except ProtocolError as error:
+            log.warning(f"bad request from {peer}: {error}; hung up")
+        except TimeoutError:
+            if stream.in_request:  # else it was idle, which is no news
+                log.warning(f"incomplete request from {peer} after {REQUEST_TIMEOUT_S} s; hung up")
+        except OSError:
+            pass  # the peer went away
+        self._answered.acquire()
+
+    def _reply(self, action: str) -> None:
+        """Send the answer without waiting: whoever does not read his answers is hung up on."""
+        answer = f"action={action}\n\n".encode("ascii")
+        try:
+            if self.request.send(answer, socket.MSG_DONTWAIT) < len(answer):
+                raise BlockingIOError
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.request.shutdown(socket.SHUT_RDWR)
+        self.server.policy.count(action)
+        self._answered.release()
+
+
+class PolicyServer(socketserver.ThreadingTCPServer):
+    """Listens on TCP or on a Unix socket, and runs a PolicyHandler in a thread for each connection."""
+
+    allow_reuse_address = True
+    daemon_threads = True  # a hanging client does not keep us from ending
+    block_on_close = False
+    request_queue_size = LISTEN_BACKLOG
+
+    def __init__(self, bind: str, port: int, policy: Policy) -> None:
+        """Listen; raises OSError."""
+        self.policy = policy
+        self.connections: set[socket.socket] = set()
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = max(1, min(MAX_CONNECTIONS, descriptors - SPARE_DESCRIPTORS))
+        self._crowded = OnceAMinute()
+        address: Any = bind
+        if bind.startswith("/"):
+            self.address_family = socket.AF_UNIX
+            remove_stale_socket(bind)
+        else:
+            found = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            self.address_family, _, _, _, address = found[0]
+        umask = os.umask(0o117)  # a Unix socket is for its owner and group
+        try:
+            super().__init__(address, PolicyHandler)
+        finally:
+            os.umask(umask)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection, without spinning when that cannot be done."""
+        try:
+            connection, address = super().get_request()
+        except OSError as error:
+            if self._crowded.due(time.monotonic()):
+                log.warning(f"cannot accept a connection: {error}")
+            time.sleep(0.1)
+            raise
+        if self.address_family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection, address
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Keep count of the connections; one too many is closed at once."""
+        if len(self.connections) >= self._most:
+            if self._crowded.due(time.monotonic()):
+                log.warning(f"{self._most} connections are open: closing new ones at once")
+            return False
+        self.connections.add(request)
+        return True
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection whose handler has ended, or was never begun."""
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log a fault of ours, the last net: this connection gets no answer, the others go on."""
+        log.error(f"internal error: {traceback.format_exc()}")
+
+    def drain(self, deadline: float) -> None:
+        """Stop accepting, answer what has been received, and end by `deadline` (monotonic seconds)."""
+        self.shutdown()
+        self.server_close()
+        if self.address_family == socket.AF_UNIX:
+            with contextlib.suppress(OSError):
+                os.unlink(str(self.server_address))
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):  # gone already
+                connection.shutdown(socket.SHUT_RD)  # its handler reads to the end of what is here
+        while self.connections and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def remove_stale_socket(path: str) -> None:
+    """Remove the socket of a daemon that is no more; raises OSError if one listens, or if it is not a socket."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "is there and not a socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise OSError(errno.EADDRINUSE, "another daemon listens there")
+
+
+# ---- process: arguments, signals, systemd; the only section that wires the others ------------------------------
+
+EXIT_SETTINGS = 78  # EX_CONFIG: systemd does not restart us
+
+
+def notify(*lines: str) -> None:
+    """Tell systemd, if it listens (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.connect("\0" + address[1:] if address.startswith("@") else address)
+        systemd.send("\n".join(lines).encode())
+
+
+def stay_on_one_processor() -> None:
+    """Keep all threads on one processor, which doubles what a busy daemon answers.
+
+    Python runs one thread at a time; with two processors each hand-over moves to the other one's cold caches.
+    """
+    with contextlib.suppress(OSError):  # forbidden: slower, no worse
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+class Daemon:
+    """The parts put together, and the main thread's loop over signals."""
+
+    SIGNALS = frozenset((signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+
+    def __init__(self, settings: Settings, settings_file: str | None) -> None:
+        """Listen; raises OSError."""
+        self._settings_file = settings_file
+        self._repository = open_repository(settings)
+        self._recorder = Recorder(self._repository, newest_rows(settings))
+        self._policy = Policy(settings, self._recorder)
+        self._server = PolicyServer(settings.bind, settings.port, self._policy)
+        self._closing = threading.Event()
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)  # in all threads: the loop below asks for them
+        self._recorder.start()
+        threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True).start()
+        threading.Thread(target=purge_daily, args=(self._repository, self._closing), daemon=True).start()
+        notify("READY=1", f"STATUS={self.status()}")
+        pause = min(10.0, int(os.environ.get("WATCHDOG_USEC") or 20_000_000) / 2e6)  # half of what systemd allows
+        while True:
+            received = signal.sigtimedwait(self.SIGNALS, pause)
+            number = received.si_signo if received else None
+            if number in (signal.SIGTERM, signal.SIGINT):
+                return self.stop()
+            if number == signal.SIGHUP:
+                self.reload()
+            if number == signal.SIGUSR1:
+                log.info(self.status())
+            if self._recorder.longest_wait_s() < STUCK_S:
+                notify("WATCHDOG=1", f"STATUS={self.status()}")
+
+    def status(self) -> str:
+        """Return the figures of the moment on one line."""
+        answered = self._policy.answered
+        return (
+            f"{sum(answered.values())} requests: {answered['DUNNO']} DUNNO, {answered['HOLD']} HOLD,"
+            f" {answered['REJECT']} REJECT; {len(self._server.connections)} connections;"
+            f" database {self._recorder.state()}"
+        )
+
+    def reload(self) -> None:
+        """Read the settings again, whole or not at all."""
+        notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            new = Settings.from_file(self._settings_file) if self._settings_file else Settings()
+        except SettingsError as error:
+            log.error(f"{error}; going on with the old settings")
+        else:
+            changed = new.differences(self._policy.settings)
+            if changed:
+                log.warning(f"settings changed that need a restart: {', '.join(changed)}")
+            self._policy.settings = new
+            self._recorder.rows = newest_rows(new)
+            log.info(f"settings read again: {self._settings_file or 'there is no file'}")
+        notify("READY=1", f"STATUS={self.status()}")
+
+    def stop(self) -> None:
+        """Answer what is in flight and write what is recorded, in 5 seconds at most."""
+        notify("STOPPING=1")
+        deadline = time.monotonic() + DRAIN_S
+        self._closing.set()
+        self._server.drain(deadline)
+        self._recorder.stop(max(0.1, deadline - time.monotonic()))
+        log.info(f"policyd ends; {self.status()}")
+
+
+def newest_rows(settings: Settings) -> int:
+    """Return how many of a login's newest events decide: past twice the quota, nothing changes any more.
+
+    Each has a recipient at least.  Those of a batch are on top: running sums are computed back from the last one.
+    """
+    return 2 * settings.defaultquota + BATCH_EVENTS
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with mistakes on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line."""
+        self.exit(1, f"policyd: {message}; see policyd --help\n")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(prog="policyd", description="Postfix policy daemon: recipient quotas for SASL users")
+    parser.add_argument("-c", "--config", metavar="FILE", help=f"settings (default: {SETTINGS_FILE}, if there)")
+    parser.add_argument("--stderr", action="store_true", help="log to stderr instead of syslog")
+    parser.add_argument("--version", action="version", version=f"policyd {__version__}")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--check", action="store_true", help="try settings, database and table, and say what is found")
+    instead.add_argument("--init-db", action="store_true", help="create the table, or upgrade an old one")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run policyd; return its exit status."""
+    options = parse_arguments(arguments)
+    settings_file = options.config or (SETTINGS_FILE if os.path.lexists(SETTINGS_FILE) else None)
+    os.umask(0o077)
+    try:
+        settings = Settings.from_file(settings_file) if settings_file else Settings()
+        about = (
+            f"{settings.listens_on()}, quota {settings.defaultquota}, {open_repository(settings)},"
+            f" settings: {settings_file or f'none, defaults (yours would go into {SETTINGS_FILE})'}"
+        )
+        if options.init_db:
+            print(open_repository(settings).init())
+            return 0
+        if options.check:
+            print(about)
+            print(f"events can be counted: {open_repository(settings).check(time.monotonic() + BATCH_DEADLINE_S)}")
+            return 0
+        daemon = Daemon(settings, settings_file)
+    except SettingsError as error:
+        return fail(str(error), EXIT_SETTINGS)
+    except RepositoryUnavailable as error:
+        return fail(f"events cannot be counted: {error}")
+    except OSError as error:
+        return fail(f"cannot listen on {settings.listens_on()}: {error.strerror or error}")
+    except ImportError:
+        return fail("PyMySQL is missing: apt install python3-pymysql, or remove the db... settings")
+    stay_on_one_processor()
+    log.start(options.stderr)
+    log.info(f"policyd {__version__} on {about}")
+    if not (log.to_stderr or "NOTIFY_SOCKET" in os.environ):
+        print(f"policyd {__version__} on {about}; logging to syslog", file=sys.stderr)
+    daemon.run()
+    log.stop()
+    return 0
+
+
+def fail(message: str, status: int = 1) -> int:
+    """Say on stderr why we end; return the exit status."""
+    print(f"policyd: {printable(message)}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
