@@ -1,0 +1,116 @@
+"""Fixtures every test file uses; the servers behind them are in servers.py."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any, Callable
+
+import hypothesis
+import pytest
+from servers import ROOT, Database, MariaDB, Policyd, Postfix, policyd_factory
+
+SCHEMA = (ROOT / "scripts" / "schema.sql").read_text()
+
+# The table of go-policyd, as it stands at existing sites.
+OLD_SCHEMA = """
+CREATE TABLE `events` (
+  `ts` DATETIME(3) NOT NULL DEFAULT CURRENT_TIMESTAMP ON UPDATE CURRENT_TIMESTAMP,
+  `sasl_username` char(8) NOT NULL DEFAULT '',
+  `sender` char(80) NOT NULL DEFAULT '',
+  `client_address` char(80) NOT NULL DEFAULT '',
+  `recipient_count` int(6) DEFAULT NULL,
+  PRIMARY KEY (`ts`,`sasl_username`,`sender`,`client_address`)
+) ENGINE=InnoDB DEFAULT CHARSET=latin1
+"""
+
+
+# --- the rules of the run ---
+
+
+def pytest_configure() -> None:
+    hypothesis.settings.register_profile("policyd", deadline=None)  # no test depends on how fast it is
+    hypothesis.settings.load_profile("policyd")
+    # A run that is told to end still ends its servers.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with the servers it needs, so that `-m "not server"` needs none."""
+    for item in items:
+        for server in ("mariadb", "postfix"):
+            if server in getattr(item, "fixturenames", ()):
+                item.add_marker(server)
+            if item.get_closest_marker(server):
+                item.add_marker("server")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Any:
+    """A skipped test is a failed one: what a test needs must be there."""
+    report = yield
+    if report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and no test may be: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Any:
+    """The same for a file that skips itself."""
+    report = yield
+    if report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and no test may be: {report.longrepr}"
+    return report
+
+
+# --- servers ---
+
+
+@pytest.fixture(scope="session")
+def mariadb(request: pytest.FixtureRequest) -> Iterator[MariaDB]:
+    """A private mariadbd."""
+    server = MariaDB()
+    try:
+        server.install()
+        request.config.get_terminal_writer().line(f"MariaDB {server.version}")
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture
+def database(mariadb: MariaDB) -> Iterator[Database]:
+    """A fresh database with the table of scripts/schema.sql."""
+    new = mariadb.new_database(SCHEMA)
+    yield new
+    mariadb.drop_database(new.name)
+
+
+@pytest.fixture
+def old_database(mariadb: MariaDB) -> Iterator[Database]:
+    """A fresh database with the table of an existing deployment."""
+    old = mariadb.new_database(OLD_SCHEMA)
+    yield old
+    mariadb.drop_database(old.name)
+
+
+@pytest.fixture(scope="session")
+def postfix(request: pytest.FixtureRequest) -> Iterator[Postfix]:
+    """A private Postfix that asks the policy server a test starts at its `policy_port`."""
+    server = Postfix()
+    try:
+        server.start()
+        request.config.get_terminal_writer().line(f"Postfix {server.version}")
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture
+def policyd() -> Iterator[Callable[..., Policyd]]:
+    """A function that starts the daemon with the settings it is given."""
+    with policyd_factory() as start:
+        yield start
