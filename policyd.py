@@ -77,11 +77,10 @@ __version__ = "0.1.0"
 
 SETTINGS_FILE = "/etc/postfix/policyd.cfg"
 
-MAX_LINE = 8192  # bytes of one attribute, newline included
+MAX_LINE = 8192  # bytes of one attribute, without its newline
 MAX_REQUEST = 65536  # bytes of one request
 IDLE_TIMEOUT_S = 1015  # above Postfix's smtpd_policy_service_max_ttl (1000 s): Postfix is the one to hang up
 REQUEST_TIMEOUT_S = 30  # for a whole request once its first byte is here, however it dribbles
-SEND_TIMEOUT_S = 10  # for an answer that the client does not read
 REMEMBERED_ANSWERS = 10_000
 
 BATCH_EVENTS = 256  # the most that one INSERT takes
@@ -276,13 +275,15 @@ def read_servers(text: str) -> tuple[tuple[str, int | None], ...]:
 def read_list_entry(text: str) -> str | Network:
     """Read a login, sender or client address, lower-cased, or a network in CIDR form."""
     entry = text.lower()
+    if not re.fullmatch(r"[0-9a-f:]*[.:][0-9a-f.:]*/[0-9.]*", entry):
+        try:
+            return str(ipaddress.ip_address(entry))
+        except ValueError:
+            return entry
     try:
-        ipaddress.ip_address(entry.partition("/")[0])
+        address = ipaddress.ip_interface(entry)
     except ValueError:
-        return entry
-    address = ipaddress.ip_interface(entry)
-    if "/" not in entry:
-        return str(address.ip)
+        raise ValueError("not a network; give ADDRESS/PREFIX, for example 192.0.2.0/24 or 2001:db8::/32") from None
     if address.ip != address.network.network_address:
         raise ValueError(f"the address has bits beyond the prefix; did you mean {address.network}?")
     return address.network
@@ -350,14 +351,13 @@ class Settings:
     @classmethod
     def _read_line(cls, line: str) -> tuple[str, Any]:
         readers = {field.name: field.metadata["read"] for field in dataclasses.fields(cls)}
-        key, equals, text = (part.strip() for part in line.partition("="))
-        if not equals:
-            key = line.split()[0]  # no more of it: it may be a password
+        before, equals, text = (part.strip() for part in line.partition("="))
+        key = before.split()[0] if before else "''"  # no more of it: it may be a password
         if key not in readers:
             close = difflib.get_close_matches(key.lower(), readers, n=1)
             hint = f"did you mean {close[0]}=?" if close else f"known are {', '.join(readers)}"
             raise ValueError(f"unknown setting {key}; {hint}")
-        if not equals:
+        if not equals or key != before:
             raise ValueError(f"no '=' after {key}; write {key}=VALUE")
         if not text and key != "dbpass":
             raise ValueError(f"{key}= has no value; give one, or remove the line")
@@ -417,11 +417,7 @@ class PolicyRequest(NamedTuple):
 
 
 def read_request(readline: Callable[[int], bytes]) -> PolicyRequest | None:
-    """Read one request, or return None when the peer ends before its empty line; raises ProtocolError.
-
-    Unknown attributes are ignored, of an attribute given twice the last one counts, and a missing one is
-    as good as an empty one.  A value may hold any byte but NUL and newline: what is not UTF-8 is escaped.
-    """
+    """Read one request, or return None when the peer ends before its empty line; raises ProtocolError."""
     lines: list[bytes] = []
     size = 0
     while (line := readline(MAX_LINE + 1)) != b"\n":
@@ -432,12 +428,23 @@ def read_request(readline: Callable[[int], bytes]) -> PolicyRequest | None:
             raise ProtocolError(f"a line longer than {MAX_LINE} bytes")
         if size > MAX_REQUEST:
             raise ProtocolError(f"a request longer than {MAX_REQUEST} bytes")
+        if b"=" not in line:
+            raise ProtocolError("a line without '='")
         lines.append(line)
-    text = b"".join(lines).decode("utf-8", "backslashreplace")
+    return parse_request(b"".join(lines) + b"\n")
+
+
+def parse_request(block: bytes) -> PolicyRequest:
+    """Return the request whose lines, the empty one included, are `block`; raises ProtocolError.
+
+    Unknown attributes are ignored, of an attribute given twice the last one counts, and a missing one is
+    as good as an empty one.  A value may hold any byte but NUL and newline: what is not UTF-8 is escaped.
+    """
+    text = block.decode("utf-8", "backslashreplace")
     if "\0" in text:
         raise ProtocolError("a NUL byte")
     try:
-        attributes = dict([line.split("=", 1) for line in text.split("\n")[:-1]])
+        attributes = dict([line.split("=", 1) for line in text.split("\n")[:-2]])
     except ValueError:
         raise ProtocolError("a line without '='") from None
     if attributes.get("request") != "smtpd_access_policy":
@@ -1042,6 +1049,8 @@ class Recorder:
             self._repository.check(time.monotonic() + BATCH_DEADLINE_S)
         except RepositoryUnavailable as error:
             self._begin_outage(error)
+        except Exception:  # a fault of ours must not end this thread
+            log.error(f"internal error: {traceback.format_exc()}")
 
     def _begin_outage(self, error: RepositoryUnavailable) -> None:
         log.error(f"ERROR while UPDATING db: {error}; mail flows uncounted until it is back")
@@ -1055,9 +1064,13 @@ class Recorder:
         for delay in itertools.chain(RETRY_DELAYS_S, itertools.repeat(RETRY_DELAYS_S[-1])):
             if self._closing.wait(delay):
                 return
-            with contextlib.suppress(RepositoryUnavailable):
+            try:
                 self._repository.check(time.monotonic() + BATCH_DEADLINE_S)
                 break
+            except RepositoryUnavailable:
+                pass
+            except Exception:  # a fault of ours must not end the search
+                log.error(f"internal error: {traceback.format_exc()}")
         with self._lock:
             self._away_since = None
             uncounted = self._uncounted
@@ -1092,7 +1105,7 @@ class RecentAnswers:
 
     def __init__(self) -> None:
         self._answers: collections.OrderedDict[object, str | None] = collections.OrderedDict()
-        self._settled = threading.Condition()  # guards _answers; notified when an answer is there
+        self._settled = threading.Condition(threading.Lock())  # guards _answers; notified when an answer is there
 
     def recall(self, key: object) -> str | None:
         """Return the answer to `key`, waiting for it while it is worked out; or None: the caller shall settle it."""
@@ -1125,7 +1138,7 @@ class Policy:
         self._lock = threading.Lock()  # guards answered
 
     def count(self, action: str) -> None:
-        """Keep count of an answer that has been sent."""
+        """Keep count of an answer that is being sent."""
         with self._lock:
             self.answered[action.partition(" ")[0]] += 1
 
@@ -1178,6 +1191,7 @@ class Policy:
                 return reply(DUNNO)
             quota = settings.defaultquota
             answer = decide(recipients, quota, 2 * quota)
+            reply(answer)
             log.info(f"Updating db: {message}/{recipients}")
             if answer != DUNNO:
                 verb, limit = ("REJECTING", f"2x{quota}") if answer == REJECT else ("DEFERRING", quota)
@@ -1185,7 +1199,6 @@ class Policy:
                     f"{verb} overquota ({recipients}>{limit}) for user {login}"
                     f" using {event.sender} from ip [{event.client_address}]{queue_id}"
                 )
-            reply(answer)
 
         self._recorder.record(event, on_sum)
 
@@ -1199,8 +1212,7 @@ class RequestStream(io.RawIOBase):
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._deadline: float | None = None  # of the request that has begun, monotonic
-        self._limit(socket.SO_SNDTIMEO, SEND_TIMEOUT_S)
-        self._limit(socket.SO_RCVTIMEO, IDLE_TIMEOUT_S)
+        self._limit(IDLE_TIMEOUT_S)
 
     def readable(self) -> bool:
         """Say that this is for reading, as io asks."""
@@ -1225,18 +1237,18 @@ class RequestStream(io.RawIOBase):
             left = self._deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError
-            self._limit(socket.SO_RCVTIMEO, left)
+            self._limit(left)
         try:
             return self._connection.recv_into(buffer)
         except BlockingIOError:
             raise TimeoutError from None
         finally:
             if self._deadline is not None:
-                self._limit(socket.SO_RCVTIMEO, IDLE_TIMEOUT_S)
+                self._limit(IDLE_TIMEOUT_S)
 
-    def _limit(self, option: int, seconds: float) -> None:
-        microseconds = max(1, int(seconds * 1e6))
-        self._connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *divmod(microseconds, 1_000_000)))
+    def _limit(self, seconds: float) -> None:
+        timeval = struct.pack("@ll", *divmod(max(1, int(seconds * 1e6)), 1_000_000))
+        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
 
 class PolicyHandler(socketserver.BaseRequestHandler):
@@ -1251,10 +1263,14 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         peer = self.client_address[0] if self.client_address else "the Unix socket"
         self._answered = threading.Lock()  # held while an answer is owed
         try:
-            while reader.peek(1):
-                stream.begin()
-                request = read_request(reader.readline)
-                stream.end()
+            while received := reader.peek(1):
+                end = received.find(b"\n\n")
+                if end >= 0:  # all of it is here, as Postfix sends it: no need to go line by line
+                    request: PolicyRequest | None = parse_request(reader.read(end + 2))
+                else:
+                    stream.begin()
+                    request = read_request(reader.readline)
+                    stream.end()
                 if request is None:
                     break
                 self._answered.acquire()  # answers go out in the order of the requests
@@ -1271,13 +1287,13 @@ class PolicyHandler(socketserver.BaseRequestHandler):
     def _reply(self, action: str) -> None:
         """Send the answer without waiting: whoever does not read his answers is hung up on."""
         answer = f"action={action}\n\n".encode("ascii")
+        self.server.policy.count(action)
         try:
             if self.request.send(answer, socket.MSG_DONTWAIT) < len(answer):
                 raise BlockingIOError
         except OSError:
             with contextlib.suppress(OSError):
                 self.request.shutdown(socket.SHUT_RDWR)
-        self.server.policy.count(action)
         self._answered.release()
 
 
@@ -1409,8 +1425,7 @@ class Daemon:
         self._closing = threading.Event()
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)  # in all threads: the loop below asks for them
+        """Serve until SIGTERM or SIGINT; call with SIGNALS blocked."""
         self._recorder.start()
         threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True).start()
         threading.Thread(target=purge_daily, args=(self._repository, self._closing), daemon=True).start()
@@ -1518,6 +1533,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"cannot listen on {settings.listens_on()}: {error.strerror or error}")
     except ImportError:
         return fail("PyMySQL is missing: apt install python3-pymysql, or remove the db... settings")
+    signal.pthread_sigmask(signal.SIG_BLOCK, daemon.SIGNALS)  # in all threads to come: run() asks for them
     stay_on_one_processor()
     log.start(options.stderr)
     log.info(f"policyd {__version__} on {about}")

@@ -9,6 +9,7 @@ from typing import Any, Callable
 import hypothesis
 import pytest
 from servers import ROOT, Database, MariaDB, Policyd, Postfix, policyd_factory
+from stores import KeptLog
 
 SCHEMA = (ROOT / "scripts" / "schema.sql").read_text()
 
@@ -64,6 +65,14 @@ def pytest_make_collect_report() -> Any:
         report.outcome = "failed"
         report.longrepr = f"skipped, and no test may be: {report.longrepr}"
     return report
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> KeptLog:
+    """What policyd.py logs in this process."""
+    kept = KeptLog()
+    monkeypatch.setattr("policyd.log", kept)
+    return kept
 
 
 # --- servers ---

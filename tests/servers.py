@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -168,6 +168,8 @@ class Inbox:
 
     def close(self) -> None:
         """Take what is left and end the thread.  The messages stay readable."""
+        if self._is_closed:
+            return
         self.resume()
         self.messages()
         self._is_closed = True
@@ -186,7 +188,8 @@ class MariaDB:
     user = "policyd"
     password = "p#a\"s's\\w%rd"  # all that a settings file, a shell or SQL could stumble over
 
-    def __init__(self) -> None:
+    def __init__(self, buffer_pool: str = "32M") -> None:
+        self._buffer_pool = buffer_pool
         self._mariadbd = program("mariadbd", "mariadb-server")
         self._install_db = program("mariadb-install-db", "mariadb-server")
         self.directory = temporary_directory()
@@ -235,7 +238,7 @@ class MariaDB:
              f"--datadir={self.directory / 'data'}", f"--tmpdir={self.directory}",
              f"--socket={self.socket}", f"--port={self.port}", f"--bind-address={self.host}",
              f"--pid-file={self.directory / 'pid'}", f"--log-error={self._log}",
-             "--skip-name-resolve", "--performance-schema=OFF", "--innodb-buffer-pool-size=32M",
+             "--skip-name-resolve", "--performance-schema=OFF", f"--innodb-buffer-pool-size={self._buffer_pool}",
              "--innodb-log-file-size=32M", "--key-buffer-size=1M", "--aria-pagecache-buffer-size=1M"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )
@@ -263,6 +266,7 @@ class MariaDB:
         connection = pymysql.connect(
             unix_socket=self.socket, user="root", database=database, charset="utf8mb4", autocommit=True,
             connect_timeout=5, read_timeout=60, write_timeout=60,
+            ssl_disabled=True,  # reading the system's certificates takes longer than all the rest
         )
         with contextlib.closing(connection), connection.cursor() as cursor:
             cursor.execute(sql, args or None)
@@ -396,6 +400,15 @@ def read_answer(connection: socket.socket) -> str:
     return answer[len(b"action=") : -2].decode("ascii")
 
 
+def read_to_end(connection: socket.socket) -> bytes:
+    """Read until the server hangs up, and return what came."""
+    answers = b""
+    with contextlib.suppress(ConnectionResetError):  # it hung up before it had read all we sent
+        while received := connection.recv(65536):
+            answers += received
+    return answers
+
+
 class Policyd:
     """The daemon of this repository, as a child process that takes us for syslogd and systemd.
 
@@ -511,6 +524,13 @@ class Policyd:
             pytest.fail(f"not logged within {timeout:g} s: {needle}\nthe log:\n{lines}\nstderr:\n{self.stderr}")
         return LogLine.parse(message)
 
+    def lines_so_far(self) -> list[LogLine]:
+        """Return every line logged before this call: that of a message of our own, sent now, comes behind them."""
+        login = f"mark{next(_numbers)}"
+        self.ask(sasl_username=login)
+        self.wait_for_log(f"Updating db: {login}/")
+        return [line for line in self.log_lines() if not re.search(r"\bmark\d+/|\bmark\d+ ", line.text)]
+
     @property
     def notifications(self) -> list[str]:
         """Every message to systemd so far."""
@@ -553,10 +573,12 @@ class Policyd:
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def run_policyd(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run policyd.py with these arguments to its end, for what it does without serving."""
+def run_policyd(
+    *arguments: str, through: Sequence[str] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run policyd.py with these arguments to its end, for what it does without serving; `through` another command."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "policyd.py"), *arguments],
+        [*through, sys.executable, str(ROOT / "policyd.py"), *arguments],
         env={**os.environ, **environment}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
     )
 

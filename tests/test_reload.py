@@ -1,0 +1,166 @@
+"""SIGHUP: the settings are read again, whole or not at all, and nobody who asks notices."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from typing import Callable
+
+from servers import Policyd, free_port, read_answer, request_bytes
+
+Start = Callable[..., Policyd]
+
+
+def reload(daemon: Policyd) -> list[str]:
+    """Send SIGHUP, wait until it has been acted upon, and return what systemd was told meanwhile."""
+    before = daemon.notifications
+    daemon.signal(signal.SIGHUP)
+    readies = sum("READY=1" in message for message in before)
+    daemon.wait_for_notification("READY=1", count=readies + 1)
+    return [message for message in daemon.notifications[len(before):] if "WATCHDOG=1" not in message]
+
+
+def logged(daemon: Policyd) -> list[tuple[str, str]]:
+    """Return the level and the text of each line so far."""
+    return [(line.level, line.text) for line in daemon.lines_so_far()]
+
+
+def test_a_new_quota_applies_to_the_next_message(policyd: Start) -> None:
+    daemon = policyd(defaultquota=10)
+    assert daemon.ask(recipient_count=5) == "DUNNO"
+    daemon.write_settings(defaultquota=5)
+    reload(daemon)
+    assert logged(daemon)[-1] == ("info", f"settings read again: {daemon.settings_file}")
+    assert daemon.ask(recipient_count=1) == "HOLD quota exceeded"
+    daemon.wait_for_log("DEFERRING overquota (6>5) for user alice")
+    assert daemon.ask(recipient_count=4) == "REJECT max quota exceeded"
+
+
+def test_a_higher_quota_sums_as_far_as_it_needs(policyd: Start) -> None:
+    """Of a long history only as much is summed as decides; a higher quota needs more of it."""
+    daemon = policyd(defaultquota=1)
+    glued = b"".join(request_bytes() for _ in range(300))
+    with daemon.connect() as connection:
+        connection.sendall(glued)
+        for _ in range(300):
+            read_answer(connection)
+    daemon.write_settings(defaultquota=1000)
+    reload(daemon)
+    daemon.ask(queue_id="")
+    daemon.wait_for_log("Updating db: alice/alice@example.org/192.0.2.1/1/301")
+
+
+def test_new_lists_and_office_hours_apply_to_the_next_message(policyd: Start) -> None:
+    daemon = policyd(defaultquota=1, blacklist="alice")
+    assert daemon.ask() == "HOLD blacklisted"
+    daemon.write_settings(defaultquota=1, whitelist="alice", whitelist_days="1-7", whitelist_hours="0-24")
+    reload(daemon)
+    assert daemon.ask() == "DUNNO"
+    daemon.write_settings(defaultquota=1, whitelist="alice", whitelist_days="1-7", whitelist_hours="0-0")
+    reload(daemon)
+    assert daemon.ask() == "HOLD quota exceeded"
+
+
+def test_whole_logins_apply_to_the_next_message(policyd: Start) -> None:
+    daemon = policyd()
+    daemon.write_settings(strip_domain="no")
+    reload(daemon)
+    daemon.ask(sasl_username="info@example.org")
+    daemon.wait_for_log("Updating db: info@example.org/")
+
+
+def test_a_mistake_is_logged_and_the_old_settings_stay(policyd: Start) -> None:
+    """All of them: what stands before the mistake does not apply either."""
+    daemon = policyd(defaultquota=10, blacklist="phished")
+    daemon.write_settings(defaultquota=1, whitelist_hours="7 to 19")
+    reload(daemon)
+    number = 1 + daemon.settings_file.read_text().splitlines().index("whitelist_hours=7 to 19")
+    assert logged(daemon)[-1] == (
+        "err",
+        f"{daemon.settings_file}:{number}: whitelist_hours=7 to 19: give FROM-TO between 0 and 24, for example 7-19;"
+        " going on with the old settings",
+    )
+    assert daemon.ask(sasl_username="phished") == "HOLD blacklisted"
+    assert daemon.ask(recipient_count=9) == "DUNNO"
+    assert daemon.ask(recipient_count=1) == "HOLD quota exceeded"
+
+
+def test_a_file_that_is_gone_is_logged_and_the_old_settings_stay(policyd: Start) -> None:
+    daemon = policyd(defaultquota=1)
+    daemon.settings_file.unlink()
+    reload(daemon)
+    assert logged(daemon)[-1] == (
+        "err", f"{daemon.settings_file}: No such file or directory; going on with the old settings"
+    )
+    assert daemon.ask() == "HOLD quota exceeded"
+
+
+def test_a_changed_port_is_said_to_need_a_restart(policyd: Start) -> None:
+    """The rest of the file applies."""
+    daemon = policyd(defaultquota=10)
+    old_port, new_port = daemon.port, free_port()
+    daemon.write_settings(defaultquota=1, port=new_port, bind="127.0.0.2")
+    daemon.bind, daemon.port = "127.0.0.1", old_port
+    reload(daemon)
+    assert logged(daemon)[-2] == ("warning", "settings changed that need a restart: bind, port")
+    assert daemon.ask() == "HOLD quota exceeded"
+
+
+def test_a_changed_password_is_said_to_need_a_restart_and_not_shown(policyd: Start) -> None:
+    daemon = policyd()
+    daemon.write_settings(port=daemon.port, dbname="x", dbuser="x", dbpass="hunter2")
+    reload(daemon)
+    assert logged(daemon)[-2] == (
+        "warning", "settings changed that need a restart: dbhost, dbname, dbuser, dbpass"
+    )
+    assert daemon.ask() == "DUNNO"
+    assert "hunter2" not in "".join(daemon.syslog.messages() + daemon.notifications)
+
+
+def test_connections_stay_open_across_a_reload(policyd: Start) -> None:
+    """Whoever asks all the while gets every answer, and the sum runs on."""
+    daemon = policyd()
+    reloaded = threading.Event()
+    answers = 0
+
+    def ask_until_reloaded() -> None:
+        nonlocal answers
+        with daemon.connect() as connection:
+            while not reloaded.is_set() or not answers:
+                connection.sendall(request_bytes(sasl_username="steady"))
+                assert read_answer(connection) == "DUNNO"
+                answers += 1
+            connection.sendall(request_bytes(sasl_username="steady"))
+            assert read_answer(connection) == "DUNNO"
+
+    asking = threading.Thread(target=ask_until_reloaded)
+    asking.start()
+    try:
+        for _ in range(5):
+            reload(daemon)
+    finally:
+        reloaded.set()
+        asking.join()
+    daemon.wait_for_log(f"Updating db: steady/alice@example.org/192.0.2.1/1/{answers + 1}")
+
+
+def test_a_rush_of_reloads_does_not_end_the_daemon(policyd: Start) -> None:
+    """A signal that arrives while another is acted upon waits for its turn, whichever thread the kernel asks."""
+    daemon = policyd(defaultquota=1)
+    daemon.write_settings(port=daemon.port, defaultquota=2)
+    for _ in range(500):
+        daemon.signal(signal.SIGHUP)
+    reload(daemon)
+    assert daemon.ask() == "DUNNO"
+    assert daemon.stop() == 0
+
+
+def test_systemd_is_told_of_a_reload(policyd: Start) -> None:
+    """As sd_notify(3) asks: when it begins, by the monotonic clock, and when it is over."""
+    daemon = policyd()
+    for mistake in ("", "quota=1\n"):  # over it is in any case
+        daemon.settings_file.write_text(f"port={daemon.port}\n{mistake}")
+        told = reload(daemon)
+        assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=[0-9]{6,}", told[0])
+        assert re.fullmatch(r"READY=1\nSTATUS=.*", told[1])
