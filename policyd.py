@@ -9,11 +9,12 @@ it from the submission services, once a message is complete and all its recipien
         check_policy_service { inet:127.0.0.1:9093, timeout=10s, default_action=DUNNO }
 
 A request is lines of name=value and an empty line; the answer is one line and an empty line.  To try it by
-hand, start `python3 policyd.py` and paste the left side into `nc 127.0.0.1 9093`:
+hand, start `python3 policyd.py` and paste this into `nc 127.0.0.1 9093`; the answer is `action=DUNNO`:
 
     request=smtpd_access_policy
-    sasl_username=anna                            action=DUNNO
+    sasl_username=anna
     recipient_count=1
+
 
 What it answers, where the sum is the user's recipients of the last 24 hours, this message included:
 
@@ -24,11 +25,11 @@ What it answers, where the sum is the user's recipients of the last 24 hours, th
 A login, sender or client address on the blacklist is held at any time; one on the whitelist is let
 through, uncounted, in office hours; mail without a login (inbound mail) is none of our business.
 
-When the database is away, mail flows: policyd answers DUNNO at once, logs one error, tries the servers of
-`dbhost` in turn in the background, and counts again when one is back.  Without any `db...` setting the
-events are kept in an embedded SQLite file instead, and nothing but Python is needed.
+When the database is away, mail flows and the quota holds: events go to a journal, which is moved to the
+database when one of the servers of `dbhost` is back.  Without any `db...` setting the events are kept in an
+embedded SQLite file instead, and nothing but Python is needed.
 
-Files:    /etc/postfix/policyd.cfg (settings), events.sqlite3 in `statedir` (the embedded store).
+Files:    /etc/postfix/policyd.cfg (settings); in `statedir` journal.sqlite3 and events.sqlite3 (the embedded store).
 Signals:  HUP reads the settings again, TERM and INT answer what has been asked and end, USR1 logs a status.
 Status:   0, 1 (cannot listen, database not usable in --check), 78 (a mistake in the settings).
 Log:      syslog, facility daemon, tag policyd.
@@ -47,7 +48,6 @@ import difflib
 import errno
 import io
 import ipaddress
-import itertools
 import os
 import queue
 import re
@@ -64,14 +64,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union
 
 if TYPE_CHECKING:
     import pymysql
     from pymysql.connections import Connection
 
 T = TypeVar("T")
-OnSum = Callable[["int | None"], None]
 
 __version__ = "0.1.0"
 
@@ -80,16 +79,20 @@ SETTINGS_FILE = "/etc/postfix/policyd.cfg"
 MAX_LINE = 8192  # bytes of one attribute, without its newline
 MAX_REQUEST = 65536  # bytes of one request
 IDLE_TIMEOUT_S = 1015  # above Postfix's smtpd_policy_service_max_ttl (1000 s): Postfix is the one to hang up
+KEPT_TEXT = 255  # characters of a login, sender or address that are kept: the columns of scripts/schema.sql
 REQUEST_TIMEOUT_S = 30  # for a whole request once its first byte is here, however it dribbles
 REMEMBERED_ANSWERS = 10_000
 
 BATCH_EVENTS = 256  # the most that one INSERT takes
 BATCH_DEADLINE_S = 2.8  # for a batch, retries included: whoever waits has an answer within 3 s
 CONNECT_TIMEOUT_S = 1
+RACE_RETRIES = 5  # two relays on two Galera nodes lose one to the other some times in a row, hardly six
 STATEMENT_TIMEOUT_S = 2  # the server ends a statement itself, so that it leaves no late row behind
 RETRY_DELAYS_S = (1, 2, 4, 8, 15)  # between two looks for a database that is away; the last one repeats
 TABLE_LOOK_S = 60  # how long a connection trusts what it has seen of the table's columns and indexes
 PURGE_SLICE = 10_000  # rows of one DELETE
+REPLAY_SLICE = 500  # rows of the journal that one INSERT takes between two batches
+LAST_KNOWN_SUMS = 100_000
 KEEP_DAYS = 7
 FIRST_PURGE_S = 60
 RETRY_PURGE_S = 3600
@@ -98,7 +101,6 @@ STUCK_S = 10  # an event that waits longer than this stops the watchdog's pings
 
 LOG_QUEUE_LINES = 10_000
 LISTEN_BACKLOG = 1024  # socketserver's 5 leaves clients waiting for seconds in a rush
-MAX_CONNECTIONS = 1000
 SPARE_DESCRIPTORS = 64  # for the database, the store, the log
 DRAIN_S = 3.5  # at the end: for the answers still owed
 
@@ -300,6 +302,7 @@ class Settings:
 
     bind: str = setting("127.0.0.1", str, restart=True)
     port: int = setting(9093, read_number(1, 65535), restart=True)
+    max_connections: int = setting(1000, read_number(1, 100_000))
     defaultquota: int = setting(1500, read_number(1, 999_999_999))
     strip_domain: bool = setting(True, read_yes_or_no)
     whitelist: UserList = setting(NOBODY, read_list_entry)
@@ -514,8 +517,8 @@ class Event(NamedTuple):
 class Repository(Protocol):
     """What the rest asks of a store; `deadline` is in monotonic seconds.  All raise RepositoryUnavailable."""
 
-    def insert(self, events: Sequence[Event], deadline: float) -> set[int]:
-        """Commit `events` as of now; return the positions of those that were refused for their own sake."""
+    def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
+        """Commit `events` as of now, or as of `times` (ms since 1970); return the positions of those refused."""
 
     def sum_recipients(self, events: Sequence[Event], rows: int, deadline: float) -> list[int]:
         """Return, for each of the `events` just inserted, what its login had reached with it in 24 h.
@@ -600,6 +603,10 @@ class ConnectionPool:
                 self._servers.rotate(-1)
         raise RepositoryUnavailable("; ".join(failures))
 
+    def pass_over(self) -> None:
+        """Begin with the next server from now on: this one answers, but does not do its work."""
+        self._servers.rotate(-1)
+
 
 def set_deadline(connection: Connection[Any], deadline: float) -> None:
     """Let no read or write of `connection` wait beyond `deadline`; PyMySQL has such limits at connect only."""
@@ -673,6 +680,7 @@ class MariaDBRepository:
         " ts = ts"  # go-policyd's table would move it
     )
     ROW = "(CURRENT_TIMESTAMP(3), %s, %s, %s, %s)"
+    ROW_OF_THEN = "(FROM_UNIXTIME(%s / 1000), %s, %s, %s, %s)"
     NO_ROW = "SELECT CURRENT_TIMESTAMP(3), '', '', '', 0 FROM DUAL WHERE FALSE"
     DAY = "ts > CURRENT_TIMESTAMP(3) - INTERVAL 1 DAY"
     BINARY = "CONVERT(sasl_username USING utf8mb4) COLLATE utf8mb4_bin"  # equal only if it is
@@ -700,22 +708,27 @@ class MariaDBRepository:
     def __str__(self) -> str:
         return self._where
 
-    def insert(self, events: Sequence[Event], deadline: float) -> set[int]:
+    def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
         """See Repository."""
         try:
-            self._run(lambda connection: self._insert(connection, events), deadline)
+            self._run(lambda connection: self._insert(connection, events, times), deadline)
             return set()
         except (pymysql.DataError, pymysql.IntegrityError) as error:
             if len(events) == 1:
                 log.error(f"ERROR while UPDATING db: {error}; not counted: {'/'.join(map(str, events[0]))}")
                 return {0}
-        return {n for n, event in enumerate(events) if self.insert([event], deadline)}
+        half = len(events) // 2  # closing in on the guilty ones: a commit for each row would take too long
+        refused = self.insert(events[:half], deadline, times and times[:half])
+        return refused | {half + n for n in self.insert(events[half:], deadline, times and times[half:])}
 
-    def _insert(self, connection: Connection[Any], events: Sequence[Event]) -> None:
+    def _insert(self, connection: Connection[Any], events: Sequence[Event], times: Sequence[int] | None) -> None:
         table = self._look(connection)
-        rows = f"VALUES {', '.join([self.ROW] * len(events))}"
-        statement = self.INSERT.format(table=self._name, rows=rows)
-        query(connection, statement, [value for event in events for value in table.fit(event)])
+        row = self.ROW_OF_THEN if times else self.ROW
+        statement = self.INSERT.format(table=self._name, rows=f"VALUES {', '.join([row] * len(events))}")
+        values = [table.fit(event) for event in events]
+        if times:
+            values = [(ts, *event) for ts, event in zip(times, values)]
+        query(connection, statement, [value for event in values for value in event])
 
     def sum_recipients(self, events: Sequence[Event], rows: int, deadline: float) -> list[int]:
         """See Repository."""
@@ -803,24 +816,23 @@ class MariaDBRepository:
         return table
 
     def _run(self, work: Callable[[Connection[Any]], T], deadline: float) -> T:
-        """Do `work` with a connection of the pool, and a second time where that is safe and promising.
+        """Do `work` with a connection of the pool, and again where that is safe and promising.
 
         A row refused for its own sake passes as DataError or IntegrityError.  Every other error of the driver,
         whatever its class, means that the store cannot be used: a joining Galera node, a read-only server, ...
         """
-        try:
+        tried = 0
+        while True:
             try:
                 with self._pool.connection(deadline) as connection:
                     return work(connection)
-            except pymysql.MySQLError as error:
-                if not worth_a_retry(error):
-                    raise
-            with self._pool.connection(deadline) as connection:
-                return work(connection)
-        except (pymysql.DataError, pymysql.IntegrityError):
-            raise
-        except pymysql.MySQLError as error:
-            raise RepositoryUnavailable(str(error)) from error
+            except (pymysql.DataError, pymysql.IntegrityError):
+                raise
+            except (pymysql.MySQLError, RepositoryUnavailable) as error:
+                tried += 1
+                if tried > retries(error):
+                    self._pool.pass_over()
+                    raise RepositoryUnavailable(str(error)) from error
 
     @contextlib.contextmanager
     def _patient_connection(self) -> Iterator[Connection[Any]]:
@@ -842,13 +854,14 @@ def query(connection: Connection[Any], statement: str, arguments: Sequence[objec
         return list(cursor.fetchall())
 
 
-def worth_a_retry(error: pymysql.MySQLError) -> bool:
-    """Tell a connection found closed, or a race lost to another transaction, from a server that does not answer."""
+def retries(error: Exception) -> int:
+    """Return how often a statement that ended with `error` is worth another try."""
     if isinstance(error.__context__, socket.timeout):
-        return False  # it may be at work still, and once more would be twice
-    lost = (2006, 2013)  # server has gone away, lost connection
-    races = (1213, 1205, 1020)  # deadlock or Galera conflict, lock wait timeout, record has changed
-    return isinstance(error, pymysql.InterfaceError) or error.args[:1] in [(code,) for code in lost + races]
+        return 0  # it may be at work still, and once more would be twice
+    if error.args[:1] in [(1213,), (1205,), (1020,)]:  # deadlock or Galera conflict, lock wait, record has changed
+        return RACE_RETRIES
+    # server has gone away, lost connection: found closed
+    return int(isinstance(error, pymysql.InterfaceError) or error.args[:1] in [(2006,), (2013,)])
 
 
 class SQLiteRepository:
@@ -874,6 +887,11 @@ class SQLiteRepository:
     WRITE = "PRAGMA user_version = 1"  # the least that can be written: it finds a full disk
     OLD = "SELECT rowid FROM events WHERE ts < ? LIMIT ?"
     DELETE = "DELETE FROM events WHERE rowid = ?"
+    FIRST = (
+        "SELECT rowid, ts, sasl_username, sender, client_address, recipient_count FROM events"
+        " WHERE rowid > ? ORDER BY rowid LIMIT ?"
+    )
+    DELETE_FIRST = "DELETE FROM events WHERE rowid <= ?"
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
         self._path = path
@@ -883,22 +901,26 @@ class SQLiteRepository:
     def __str__(self) -> str:
         return f"embedded store {self._path}"
 
-    def insert(self, events: Sequence[Event], deadline: float) -> set[int]:
+    def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
         """See Repository."""
-        now = self._ms_ago(days=0)
+        times = times or [self._ms_ago(days=0)] * len(events)
         with self._connection() as connection:
-            connection.executemany(self.INSERT, [(now, *event) for event in events])
+            connection.executemany(self.INSERT, [(ts, *event) for ts, event in zip(times, events)])
         return set()
 
     def sum_recipients(self, events: Sequence[Event], rows: int, deadline: float) -> list[int]:
         """See Repository."""
-        since = self._ms_ago(days=1)
         logins = [event.sasl_username for event in events]
+        return run_up(logins, events, self.totals(logins, rows))
+
+    def totals(self, logins: Iterable[str], rows: int) -> dict[str, int]:
+        """Return each login's sum of 24 h, of the newest `rows` as in sum_recipients()."""
+        since = self._ms_ago(days=1)
         totals = dict.fromkeys(logins, 0)
         with self._connection() as connection:
             for login in totals:
                 totals[login] = connection.execute(self.SUM, (login, since, rows)).fetchone()[0] or 0
-        return run_up(logins, events, totals)
+        return totals
 
     def check(self, deadline: float) -> str:
         """See Repository."""
@@ -920,6 +942,22 @@ class SQLiteRepository:
     def init(self) -> str:
         """See Repository."""
         return f"{self.check(0)} is ready"
+
+    def first(self, limit: int, after: int = 0) -> list[tuple[int, int, Event]]:
+        """Return the first events: row id (those above `after`), time in ms since 1970, event."""
+        with self._connection() as connection:
+            rows = connection.execute(self.FIRST, (after, limit)).fetchall()
+        return [(rowid, ts, Event(*event)) for rowid, ts, *event in rows]
+
+    def delete_first(self, upto: int) -> None:
+        """Delete the events up to and with row id `upto`."""
+        with self._connection() as connection:
+            connection.execute(self.DELETE_FIRST, (upto,))
+
+    def count(self, after: int = 0) -> int:
+        """Return the number of events, of those above row id `after`."""
+        with self._connection() as connection:
+            return int(connection.execute("SELECT COUNT(*) FROM events WHERE rowid > ?", (after,)).fetchone()[0])
 
     def _ms_ago(self, days: int) -> int:
         return int((self._clock() - days * DAY_S) * 1000)
@@ -951,41 +989,170 @@ def open_repository(settings: Settings) -> Repository:
     return SQLiteRepository(settings.state_file("events.sqlite3"))
 
 
-# ---- recorder: group commit; it knows neither SQL nor Postfix ---------------------------------------------
+# ---- recorder: group commit and outage journal; it knows neither SQL nor Postfix -----------------------------
+
+OnSum = Callable[[Optional[int]], None]
+Batch = list[tuple[Event, OnSum]]
+
+
+class Journal:
+    """Events that the store could not take: in a file, or in memory while no file can be written.
+
+    An event leaves the journal after the store has committed it.  A crash in between, a connection lost in the
+    middle of an INSERT, or a frozen server that wakes up may count one slice twice; nothing is counted zero times.
+    Only the recorder's thread comes here.
+    """
+
+    def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
+        self._file = SQLiteRepository(path, clock)
+        self._memory = SQLiteRepository(":memory:", clock)
+        self._replayed = 0  # row id in the file up to which the store has all, though it could not be deleted
+        self._path = path
+        self.place = path  # where the last event went
+
+    def look(self) -> int:
+        """Return how many events wait; an error in the log says if the file cannot be used."""
+        try:
+            self._file.check(0)
+        except RepositoryUnavailable as error:
+            log.error(f"no outage journal: {error}; in an outage events would be counted in memory only")
+        return len(self)
+
+    def __len__(self) -> int:
+        waiting = self._memory.count()
+        with contextlib.suppress(RepositoryUnavailable):
+            waiting += self._file.count(self._replayed)
+        return waiting
+
+    def insert(self, events: Sequence[Event]) -> None:
+        """Keep `events`, as of now."""
+        try:
+            self._file.insert(events, 0)
+            self.place = self._path
+            self.save()
+        except RepositoryUnavailable as error:
+            if self.place != "memory":
+                log.error(f"no outage journal: {error}; counting in memory")
+                self.place = "memory"
+            self._memory.insert(events, 0)
+
+    def save(self) -> int:
+        """Move to the file what had to be kept in memory, if that is possible now; return how many events stay."""
+        kept = self._memory.first(-1)
+        if kept:
+            try:
+                self._file.insert([event for _, _, event in kept], 0, [ts for _, ts, _ in kept])
+                self._memory.delete_first(kept[-1][0])
+            except RepositoryUnavailable:
+                return len(kept)
+        return 0
+
+    def totals(self, logins: Sequence[str], rows: int) -> dict[str, int]:
+        """Return what the journal holds of each login's last 24 h."""
+        totals = self._memory.totals(logins, rows)
+        with contextlib.suppress(RepositoryUnavailable):
+            for login, recipients in self._file.totals(logins, rows).items():
+                totals[login] += recipients
+        return totals
+
+    def replay(self, repository: Repository, deadline: float) -> list[Event]:
+        """Move the oldest slice to `repository`, with its times, and return it; raises as `repository` does."""
+        slice_: list[tuple[int, int, Event]] = []
+        with contextlib.suppress(RepositoryUnavailable):
+            slice_ = self._file.first(REPLAY_SLICE, self._replayed)
+        store = self._file if slice_ else self._memory
+        slice_ = slice_ or self._memory.first(REPLAY_SLICE)
+        events = [event for _, _, event in slice_]
+        if slice_:
+            repository.insert(events, deadline, [ts for _, ts, _ in slice_])
+            last = slice_[-1][0]
+            try:
+                store.delete_first(last)
+                last = 0
+            except RepositoryUnavailable as error:
+                log.error(f"{len(slice_)} events are counted twice until the journal can be written: {error}")
+            if store is self._file:
+                self._replayed = last
+        return events
+
+
+class LastKnownSums:
+    """The store's own sums as last seen, for the time of an outage: at most a day old, at most 100,000 logins."""
+
+    def __init__(self) -> None:
+        self._sums: collections.OrderedDict[str, tuple[int, float]] = collections.OrderedDict()
+
+    def put(self, login: str, recipients: int, now: float) -> None:
+        """Remember a sum."""
+        self._sums[login] = recipients, now
+        self._sums.move_to_end(login)
+        if len(self._sums) > LAST_KNOWN_SUMS:
+            self._sums.popitem(last=False)
+
+    def add(self, events: Iterable[Event], now: float) -> None:
+        """Let the sums grow by `events`, which the store has taken since."""
+        for event in events:
+            self.put(event.sasl_username, self.get(event.sasl_username, now) + event.recipient_count, now)
+
+    def get(self, login: str, now: float) -> int:
+        """Return the sum, 0 if it is unknown or too old."""
+        recipients, seen = self._sums.get(login, (0, now))
+        return recipients if now - seen < DAY_S else 0
+
+
+@dataclasses.dataclass
+class Outage:
+    """From the first failure of the store until the journal is empty again."""
+
+    began: float  # monotonic
+    replayed: int = 0  # events
+    attempts: int = 0
+
+    def next_delay(self) -> float:
+        """Return the seconds until the next look for the store: longer and longer, up to the last of them."""
+        self.attempts += 1
+        return RETRY_DELAYS_S[min(self.attempts, len(RETRY_DELAYS_S)) - 1]
 
 
 class Recorder:
     """Records events and tells their sums; one thread commits all events that wait with one statement.
 
-    There is no timer: while one batch is being committed, the next one gathers.  Within a batch the sums
-    run up in order of arrival, as if the messages had come one by one.
+    There is no timer: while one batch is being committed, the next one gathers, and another thread tells the sums of
+    the last one.  Within a batch the sums run up in order of arrival, as if the messages had come one by one.
+
+    From the first failure of the store on, events go to the journal, and nobody waits for the store; a sum is then
+    the last known one plus the journal's.  Another thread looks for the store.  When it is back, events go there
+    again, the journal follows slice by slice between the batches, and until it is empty a sum is both's.
     """
 
-    def __init__(self, repository: Repository, rows: int) -> None:
+    def __init__(self, repository: Repository, journal: Journal, rows: int) -> None:
         self.rows = rows  # of a login's newest ones, which a sum must cover
         self._repository = repository
-        self._waiting: queue.SimpleQueue[tuple[Event, OnSum] | None] = queue.SimpleQueue()
+        self._journal = journal
+        self._journaled = 0  # events in the journal
+        self._last_known = LastKnownSums()
+        self._waiting: queue.SimpleQueue[tuple[Event, OnSum] | None] = queue.SimpleQueue()  # None: look around
         self._batch_began: float | None = None  # monotonic, like all times here
-        self._lock = threading.Lock()  # guards the two below
-        self._away_since: float | None = None
-        self._uncounted = 0  # since then
+        self._away = threading.Event()  # set by the recorder's thread, cleared by the one that finds the store again
+        self._outage: Outage | None = None  # until the journal is empty
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._commit_batches, name="recorder", daemon=True)
+        self._known: queue.SimpleQueue[tuple[Batch, Sequence[int | None]] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._work, "recorder"), (self._tell_sums, "teller"), (self._find_store, "reconnect"))
+        ]
 
     def start(self) -> None:
-        """Start the thread, which looks at the store first; events may come at once."""
-        self._thread.start()
+        """Start the threads, one of which looks at the store first; events may come at once."""
+        for thread in self._threads:
+            thread.start()
 
     def record(self, event: Event, on_sum: OnSum) -> None:
-        """Count `event`, then call on_sum(its login's sum of 24 h with it), or on_sum(None): it was not counted.
+        """Count `event`, then call on_sum(its login's sum of 24 h with it), or on_sum(None): it cannot be counted.
 
-        Thread-safe.  `on_sum` is called in the recorder's thread, for which all others wait: it must not
-        block and must not raise.
+        Thread-safe.  `on_sum` is called in a thread of the recorder's, for which all others wait: it must not block.
         """
-        if self._away_since is None:
-            self._waiting.put((event, on_sum))
-        else:
-            on_sum(self._not_counted([event])[0])
+        self._waiting.put((event, on_sum))
 
     def longest_wait_s(self) -> float:
         """Return for how long the batch at work has kept its events, and those behind it, waiting."""
@@ -993,89 +1160,158 @@ class Recorder:
         return 0.0 if began is None else time.monotonic() - began
 
     def state(self) -> str:
-        """Return `up`, or since when the store is away."""
-        since = self._away_since
-        return "up" if since is None else f"down for {time.monotonic() - since:.0f} s"
+        """Return `up`, or since when the store is away, and what is in the journal."""
+        outage = self._outage
+        journal = f", {self._journaled} events in the journal" if self._journaled else ""
+        if outage and self._away.is_set():
+            return f"down for {time.monotonic() - outage.began:.0f} s{journal}"
+        return f"up{journal}"
 
     def stop(self, timeout: float) -> None:
-        """Commit what waits, in `timeout` seconds at most."""
+        """Commit what waits, in `timeout` seconds at most; what is in the journal's file stays there."""
         self._closing.set()
         self._waiting.put(None)
-        self._thread.join(timeout)
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            self._away.set()  # only now: what waited has gone to the store
 
-    def _commit_batches(self) -> None:
-        self._look_at_store()
-        while (first := self._waiting.get()) is not None:
-            batch = [first]
-            with contextlib.suppress(queue.Empty):
-                while len(batch) < BATCH_EVENTS:
-                    following = self._waiting.get_nowait()
-                    if following is None:
-                        self._waiting.put(None)  # the end comes after this batch
-                        break
-                    batch.append(following)
-            self._batch_began = time.monotonic()
-            sums = self._commit([event for event, _ in batch])
-            for (_, on_sum), recipients in zip(batch, sums):
-                try:
-                    on_sum(recipients)
-                except Exception:  # a fault of ours must not end this thread
-                    log.error(f"internal error: {traceback.format_exc()}")
-            self._batch_began = None
+    def _work(self) -> None:
+        self._look_at_stores()
+        while not (self._closing.is_set() and self._waiting.empty()):
+            batch = self._gather()
+            if batch:
+                self._batch_began = time.monotonic()
+                known = batch, self._commit([event for event, _ in batch])
+                self._batch_began = None
+                if len(batch) == 1:
+                    self._tell(*known)  # nobody else waits: no need to wake the other thread
+                else:
+                    self._known.put(known)
+            if self._replaying():
+                self._replay_slice()
+        self._known.put(None)
+        forgotten = self._journal.save()
+        if forgotten:
+            log.error(f"{forgotten} events are forgotten: they were counted in memory only")
+
+    def _replaying(self) -> bool:
+        return self._outage is not None and not self._away.is_set()
+
+    def _tell_sums(self) -> None:
+        """Tell the sums of one batch while the store is at work on the next."""
+        while (known := self._known.get()) is not None:
+            self._tell(*known)
+
+    @staticmethod
+    def _tell(batch: Batch, sums: Sequence[int | None]) -> None:
+        for (_, on_sum), recipients in zip(batch, sums):
+            try:
+                on_sum(recipients)
+            except Exception:  # a fault of ours must not end this thread
+                log.error(f"internal error: {traceback.format_exc()}")
+
+    def _gather(self) -> Batch:
+        """Return what waits; wait for it, unless there is something to replay."""
+        batch: Batch = []
+        with contextlib.suppress(queue.Empty):
+            item = self._waiting.get(block=not self._replaying())
+            while True:
+                if item is not None:
+                    batch.append(item)
+                if len(batch) == BATCH_EVENTS:
+                    break
+                item = self._waiting.get_nowait()
+        return batch
 
     def _commit(self, events: list[Event]) -> Sequence[int | None]:
-        """Return the sums of one batch; whatever happens, everybody who waits gets something."""
-        if self._away_since is not None:
-            return self._not_counted(events)
-        deadline = time.monotonic() + BATCH_DEADLINE_S
+        """Return the sums of one batch; None for what the store refused."""
+        if not self._away.is_set():
+            deadline = time.monotonic() + BATCH_DEADLINE_S
+            try:
+                refused = self._repository.insert(events, deadline)
+            except Exception as error:
+                self._begin_outage(error)
+            else:
+                kept = [event for n, event in enumerate(events) if n not in refused]
+                sums = iter(self._sums(kept, deadline))
+                return [None if n in refused else next(sums) for n in range(len(events))]
+        self._journal.insert(events)
+        self._journaled += len(events)
+        return self._sums_in_outage(events)
+
+    def _sums(self, events: list[Event], deadline: float) -> list[int]:
+        """Return the sums of `events`, which the store has taken."""
+        now = time.monotonic()
         try:
-            refused = self._repository.insert(events, deadline)
-            kept = [event for n, event in enumerate(events) if n not in refused]
-            sums = iter(self._repository.sum_recipients(kept, self.rows, deadline) if kept else [])
-            return [None if n in refused else next(sums) for n in range(len(events))]
-        except RepositoryUnavailable as error:
-            self._begin_outage(error)  # here the events will be kept in a journal
-        except Exception:  # the same
-            log.error(f"internal error: {traceback.format_exc()}")
-        return self._not_counted(events)
+            sums = self._repository.sum_recipients(events, self.rows, deadline) if events else []
+        except Exception as error:
+            self._begin_outage(error)
+            self._last_known.add(events, now)
+            return self._sums_in_outage(events)
+        for event, recipients in zip(events, sums):
+            self._last_known.put(event.sasl_username, recipients, now)
+        if not self._journaled:
+            return sums
+        waiting = self._journal.totals([event.sasl_username for event in events], self.rows)
+        return [recipients + waiting[event.sasl_username] for event, recipients in zip(events, sums)]
 
-    def _not_counted(self, events: list[Event]) -> list[None]:
-        with self._lock:
-            self._uncounted += len(events)
-        return [None] * len(events)
+    def _sums_in_outage(self, events: list[Event]) -> list[int]:
+        """Return the last known sums plus the journal's: one of them has `events` already."""
+        now = time.monotonic()
+        logins = [event.sasl_username for event in events]
+        totals = self._journal.totals(logins, self.rows)
+        for login in totals:
+            totals[login] += self._last_known.get(login, now)
+        return run_up(logins, events, totals)
 
-    def _look_at_store(self) -> None:
+    def _look_at_stores(self) -> None:
+        self._journaled = self._journal.look()
+        if self._journaled:
+            log.warning(f"{self._journaled} events of an earlier outage wait in the journal")
+            self._outage = Outage(time.monotonic())
         try:
             self._repository.check(time.monotonic() + BATCH_DEADLINE_S)
-        except RepositoryUnavailable as error:
+        except Exception as error:
             self._begin_outage(error)
-        except Exception:  # a fault of ours must not end this thread
-            log.error(f"internal error: {traceback.format_exc()}")
 
-    def _begin_outage(self, error: RepositoryUnavailable) -> None:
-        log.error(f"ERROR while UPDATING db: {error}; mail flows uncounted until it is back")
-        with self._lock:
-            self._uncounted = 0
-            self._away_since = time.monotonic()
-        threading.Thread(target=self._end_outage, args=(self._away_since,), name="reconnect", daemon=True).start()
+    def _begin_outage(self, error: Exception) -> None:
+        """From now on nobody asks the store.  Any other kind of error is a fault of ours: no reason to lose count."""
+        reason = error if isinstance(error, RepositoryUnavailable) else traceback.format_exc()
+        log.error(f"ERROR while UPDATING db: {reason}; counting in {self._journal.place} until it is back")
+        self._outage = self._outage or Outage(time.monotonic())
+        self._away.set()
 
-    def _end_outage(self, since: float) -> None:
-        """Look for the store until it takes events again."""
-        for delay in itertools.chain(RETRY_DELAYS_S, itertools.repeat(RETRY_DELAYS_S[-1])):
-            if self._closing.wait(delay):
+    def _find_store(self) -> None:
+        """In an outage, look for the store until it takes events again."""
+        while not self._closing.is_set():
+            self._away.wait()
+            if self._closing.wait(self._outage.next_delay() if self._outage else 0):
                 return
             try:
                 self._repository.check(time.monotonic() + BATCH_DEADLINE_S)
-                break
             except RepositoryUnavailable:
-                pass
+                continue
             except Exception:  # a fault of ours must not end the search
                 log.error(f"internal error: {traceback.format_exc()}")
-        with self._lock:
-            self._away_since = None
-            uncounted = self._uncounted
-        seconds = time.monotonic() - since
-        log.error(f"ERROR while UPDATING db: over after {seconds:.0f} s, {uncounted} messages were not counted")
+                continue
+            self._away.clear()
+            self._waiting.put(None)
+
+    def _replay_slice(self) -> None:
+        """Move one slice of the journal to the store; when there is none left, the outage is over."""
+        assert self._outage is not None
+        try:
+            moved = self._journal.replay(self._repository, time.monotonic() + BATCH_DEADLINE_S)
+        except Exception as error:
+            return self._begin_outage(error)
+        self._last_known.add(moved, time.monotonic())
+        self._outage.replayed += len(moved)
+        self._journaled -= len(moved)
+        if not moved:
+            seconds = time.monotonic() - self._outage.began
+            log.error(f"ERROR while UPDATING db: over after {seconds:.0f} s, {self._outage.replayed} events replayed")
+            self._journaled, self._outage = 0, None
 
 
 def purge_daily(repository: Repository, closing: threading.Event) -> None:
@@ -1155,7 +1391,7 @@ class Policy:
             return reply(DUNNO)
         if not request.instance:  # typed by hand: Postfix always sends one
             return self._judge(request, reply)
-        key = peer, request.instance, request.recipient_count
+        key = hash((peer, request.instance, request.recipient_count))  # small, whatever was sent
         known = self._recent.recall(key)
         if known is not None:
             return reply(known)
@@ -1172,10 +1408,11 @@ class Policy:
 
     def _judge(self, request: PolicyRequest, reply: Callable[[str], None]) -> None:
         settings = self.settings
-        login = login_of(request.sasl_username, settings.strip_domain)
-        event = Event(login, request.sender.lower(), request.client_address, request.recipient_count)
+        login = login_of(request.sasl_username, settings.strip_domain)[:KEPT_TEXT]
+        sender, client_address = request.sender.lower()[:KEPT_TEXT], request.client_address[:KEPT_TEXT]
+        event = Event(login, sender, client_address, request.recipient_count)
         message = f"{login}/{event.sender}/{event.client_address}/{event.recipient_count}"
-        queue_id = f", queue_id={request.queue_id}" if request.queue_id else ""
+        queue_id = f", queue_id={request.queue_id[:KEPT_TEXT]}" if request.queue_id else ""
         names = (login, request.sasl_username.lower(), event.sender)
         if settings.blacklist.holds(names, event.client_address):
             log.info(f"Holding blacklisted user: {message}{queue_id}")
@@ -1309,8 +1546,7 @@ class PolicyServer(socketserver.ThreadingTCPServer):
         """Listen; raises OSError."""
         self.policy = policy
         self.connections: set[socket.socket] = set()
-        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most = max(1, min(MAX_CONNECTIONS, descriptors - SPARE_DESCRIPTORS))
+        self._descriptors = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS)
         self._crowded = OnceAMinute()
         address: Any = bind
         if bind.startswith("/"):
@@ -1340,12 +1576,22 @@ class PolicyServer(socketserver.ThreadingTCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Keep count of the connections; one too many is closed at once."""
-        if len(self.connections) >= self._most:
+        most = min(self.policy.settings.max_connections, self._descriptors)
+        if len(self.connections) >= most:
             if self._crowded.due(time.monotonic()):
-                log.warning(f"{self._most} connections are open: closing new ones at once")
+                log.warning(f"{most} connections are open, as many as may be: closing new ones at once")
             return False
         self.connections.add(request)
         return True
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a connection its thread."""
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:  # no more threads, say because of systemd's TasksMax
+            if self._crowded.due(time.monotonic()):
+                log.warning(f"cannot serve a connection: {error}")
+            self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection whose handler has ended, or was never begun."""
@@ -1419,7 +1665,8 @@ class Daemon:
         """Listen; raises OSError."""
         self._settings_file = settings_file
         self._repository = open_repository(settings)
-        self._recorder = Recorder(self._repository, newest_rows(settings))
+        journal = Journal(settings.state_file("journal.sqlite3"))
+        self._recorder = Recorder(self._repository, journal, newest_rows(settings))
         self._policy = Policy(settings, self._recorder)
         self._server = PolicyServer(settings.bind, settings.port, self._policy)
         self._closing = threading.Event()
@@ -1537,6 +1784,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stay_on_one_processor()
     log.start(options.stderr)
     log.info(f"policyd {__version__} on {about}")
+    if settings_file and settings.dbpass and os.stat(settings_file).st_mode & stat.S_IROTH:
+        log.warning(f"everybody can read the password in {settings_file}; try: chmod 0640 {settings_file}")
     if not (log.to_stderr or "NOTIFY_SOCKET" in os.environ):
         print(f"policyd {__version__} on {about}; logging to syslog", file=sys.stderr)
     daemon.run()

@@ -75,6 +75,12 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> KeptLog:
     return kept
 
 
+@pytest.fixture
+def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look for a store that is away without a pause."""
+    monkeypatch.setattr("policyd.RETRY_DELAYS_S", (0.001, 0.01))
+
+
 # --- servers ---
 
 

@@ -195,7 +195,7 @@ class MariaDB:
         self.directory = temporary_directory()
         self.port = free_port()
         self.socket = str(self.directory / "socket")
-        self._log = self.directory / "log"
+        self._log = self.directory / "log.err"
         self._as_user = ["--user=root"] if os.geteuid() == 0 else []
         self._names = itertools.count(1)
         self._process: subprocess.Popen[bytes] | None = None
@@ -232,6 +232,11 @@ class MariaDB:
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
+        self.launch()
+        wait_until(self._answers, "mariadbd answers")
+
+    def launch(self, *options: str) -> None:
+        """Start the server with more options than it needs anyway."""
         # Durable as InnoDB is by default, but small and quick to start.
         self._process = subprocess.Popen(
             [self._mariadbd, "--no-defaults", *self._as_user,
@@ -239,10 +244,10 @@ class MariaDB:
              f"--socket={self.socket}", f"--port={self.port}", f"--bind-address={self.host}",
              f"--pid-file={self.directory / 'pid'}", f"--log-error={self._log}",
              "--skip-name-resolve", "--performance-schema=OFF", f"--innodb-buffer-pool-size={self._buffer_pool}",
-             "--innodb-log-file-size=32M", "--key-buffer-size=1M", "--aria-pagecache-buffer-size=1M"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+             "--innodb-log-file-size=32M", "--key-buffer-size=1M", "--aria-pagecache-buffer-size=1M", *options],
+            env={**os.environ, "PATH": PATH}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        wait_until(self._answers, "mariadbd answers")
 
     def _answers(self) -> bool:
         import pymysql
@@ -414,14 +419,18 @@ class Policyd:
 
     `settings` become the settings file, one line each, a list one line per entry; `text` replaces them.
     Unless they say otherwise it listens on a free port of 127.0.0.1 and keeps its files in a temporary
-    directory.  `environment` is added to our own.
+    directory.  `environment` is added to our own.  `mounts` are commands for a shell that sees the world as the
+    daemon does, before it starts; what they mount is seen by nobody else, and `its_view` leads there.
     """
 
-    def __init__(self, text: str | None = None, environment: dict[str, str] | None = None, **settings: Any) -> None:
+    def __init__(
+        self, text: str | None = None, environment: dict[str, str] | None = None, mounts: str = "", **settings: Any
+    ) -> None:
         self.directory = temporary_directory()
         self.settings_file = self.directory / "policyd.cfg"
         self.write_settings(text, **settings)
         self.environment = environment or {}
+        self.mounts = mounts
         self.syslog = Inbox(self.directory / "syslog")
         self.notify = Inbox(self.directory / "notify")
         self._make_dev()
@@ -439,6 +448,7 @@ class Policyd:
                 for value in (values if isinstance(values, (list, tuple)) else [values])
             )
         self.settings_file.write_bytes(text.encode())
+        self.settings_file.chmod(0o640)
         in_force = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in text.splitlines())}
         self.bind = in_force.get("bind", "127.0.0.1")
         self.port = int(in_force.get("port", 9093))
@@ -460,7 +470,7 @@ class Policyd:
             self.process = subprocess.Popen(
                 [program("unshare", "util-linux"), "--mount",
                  *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]),
-                 "sh", "-c", IN_PRIVATE_DEV, "sh", str(self.dev),
+                 "sh", "-c", f"{self.mounts}\n{IN_PRIVATE_DEV}", "sh", str(self.dev),
                  sys.executable, str(ROOT / "policyd.py"), "-c", str(self.settings_file)],
                 cwd=self.directory, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
                 env={**os.environ, "STATE_DIRECTORY": str(self.statedir),
@@ -479,6 +489,10 @@ class Policyd:
     def pid(self) -> int:
         """The process id of the daemon; a new one after each start."""
         return self.process.pid
+
+    def its_view(self, path: Path) -> Path:
+        """Return where we find what is at `path` for the running daemon."""
+        return Path(f"/proc/{self.pid}/root{path}")
 
     @property
     def stderr(self) -> str:
@@ -588,8 +602,8 @@ def policyd_factory() -> Iterator[Callable[..., Policyd]]:
     """Yield a function that starts daemons; all of them are ended with the block."""
     with contextlib.ExitStack() as started:
 
-        def start(text: str | None = None, environment: dict[str, str] | None = None, **settings: Any) -> Policyd:
-            daemon = Policyd(text, environment, **settings)
+        def start(*arguments: Any, **settings: Any) -> Policyd:
+            daemon = Policyd(*arguments, **settings)
             started.callback(daemon.remove)
             return daemon.start()
 

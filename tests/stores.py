@@ -214,7 +214,7 @@ def sessions(database: Database) -> list[tuple[int, str | None, int]]:
 
 
 class Door(socketserver.ThreadingTCPServer):
-    """A way to a server that can be shut, with all who are in it."""
+    """A way to a server that can be shut, with all who are in it, or go deaf: then all that is said is lost."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -225,6 +225,7 @@ class Door(socketserver.ThreadingTCPServer):
         self.port: int = self.server_address[1]
         self.target = host, port
         self.passing: list[socket.socket] = []
+        self.is_deaf = False
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def shut(self) -> None:
@@ -242,15 +243,15 @@ class DoorHandler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         with contextlib.suppress(OSError), socket.create_connection(self.server.target) as target:
             self.server.passing += [self.request, target]
-            back = threading.Thread(target=pump, args=(target, self.request), daemon=True)
+            back = threading.Thread(target=self.pump, args=(target, self.request), daemon=True)
             back.start()
-            pump(self.request, target)
+            self.pump(self.request, target)
             back.join()
 
-
-def pump(source: socket.socket, target: socket.socket) -> None:
-    """Pass on all that comes, then the end."""
-    with contextlib.suppress(OSError):
-        while received := source.recv(65536):
-            target.sendall(received)
-        target.shutdown(socket.SHUT_WR)
+    def pump(self, source: socket.socket, target: socket.socket) -> None:
+        """Pass on all that comes, then the end."""
+        with contextlib.suppress(OSError):
+            while received := source.recv(65536):
+                if not self.server.is_deaf:
+                    target.sendall(received)
+            target.shutdown(socket.SHUT_WR)

@@ -29,7 +29,7 @@ from stores import (
     table_locked,
 )
 
-from policyd import Event, MariaDBRepository, RepositoryUnavailable, worth_a_retry
+from policyd import Event, MariaDBRepository, RepositoryUnavailable, retries
 
 pytestmark = pytest.mark.mariadb
 
@@ -267,6 +267,18 @@ def test_the_next_server_is_tried_when_one_fails(database: Database) -> None:
     doors[1].shut()
 
 
+def test_the_next_server_is_taken_when_one_answers_but_does_not_work(database: Database) -> None:
+    doors = [Door(database.server.host, database.server.port) for _ in range(2)]
+    repository = via(database, *(f"127.0.0.1:{door.port}" for door in doors))
+    with global_variable(database, "read_only", 1):
+        assert "1290" in unavailable(repository.insert, [event("anna")], soon())
+    assert [len(door.passing) > 0 for door in doors] == [True, False]
+    assert count(repository, event("anna", 4)) == [4]
+    assert [len(door.passing) > 0 for door in doors] == [True, True]
+    for door in doors:
+        door.shut()
+
+
 def test_every_server_that_failed_is_named(database: Database) -> None:
     message = unavailable(via(database, f"127.0.0.1:{free_port()}", "/no/such/socket").check, soon())
     assert "127.0.0.1: " in message
@@ -362,14 +374,16 @@ def test_a_lost_race_against_another_transaction_is_run_again(database: Database
         assert repository.sum_recipients([event("anna"), event("bert")], 1000, soon()) == [11, 12]
 
 
-def test_what_is_worth_a_retry() -> None:
+def test_how_often_an_error_is_worth_a_retry() -> None:
     import pymysql
 
-    for code in (2006, 2013, 1213, 1205, 1020):
-        assert worth_a_retry(pymysql.OperationalError(code, "")), code
-    assert worth_a_retry(pymysql.InterfaceError(0, ""))
+    for code in (1213, 1205, 1020):
+        assert retries(pymysql.OperationalError(code, "")) == 5, code
+    for code in (2006, 2013):
+        assert retries(pymysql.OperationalError(code, "")) == 1, code
+    assert retries(pymysql.InterfaceError(0, "")) == 1
     for code in (1047, 1290, 1142, 1045, 1040, 1146, 1969, 1044):
-        assert not worth_a_retry(pymysql.OperationalError(code, "")), code
+        assert retries(pymysql.OperationalError(code, "")) == 0, code
 
 
 def test_a_time_out_is_not_retried(mariadb: MariaDB) -> None:
@@ -380,7 +394,7 @@ def test_a_time_out_is_not_retried(mariadb: MariaDB) -> None:
     with connection.cursor() as cursor, pytest.raises(pymysql.OperationalError) as error:
         cursor.execute("SELECT SLEEP(1)")
     assert error.value.args[0] == 2013
-    assert not worth_a_retry(error.value)
+    assert retries(error.value) == 0
 
 
 # --- errors that are outages ---

@@ -297,7 +297,7 @@ def test_one_connection_too_many_is_closed_at_once_with_one_warning(policyd: Sta
         connections[0].sendall(request_bytes())
         assert read_answer(connections[0]) == "DUNNO"
     warnings = [line.text for line in daemon.log_lines() if line.level == "warning"]
-    assert warnings == ["40 connections are open: closing new ones at once"]
+    assert warnings == ["40 connections are open, as many as may be: closing new ones at once"]
 
 
 def test_running_out_of_descriptors_neither_kills_nor_spins(policyd: Start) -> None:

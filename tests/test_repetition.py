@@ -13,7 +13,7 @@ import pytest
 from servers import START_TIMEOUT_S, Policyd, policyd_factory, read_answer, request_bytes
 
 import policyd as module
-from policyd import Event, Policy, PolicyServer, RecentAnswers, Recorder, Settings, SQLiteRepository
+from policyd import Event, Journal, Policy, PolicyServer, RecentAnswers, Recorder, Settings, SQLiteRepository
 
 QUOTA = 3
 Start = Callable[..., Policyd]
@@ -107,9 +107,9 @@ class SlowRepository(SQLiteRepository):
         super().__init__(path)
         self.proceed = threading.Event()
 
-    def insert(self, events: Sequence[Event], deadline: float) -> set[int]:
+    def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
         assert self.proceed.wait(START_TIMEOUT_S)
-        return super().insert(events, deadline)
+        return super().insert(events, deadline, times)
 
 
 class WatchedAnswers(RecentAnswers):
@@ -133,7 +133,7 @@ def test_a_repetition_waits_while_the_first_one_is_still_being_counted(
     monkeypatch.setattr(module, "log", module.Log())
     module.log.start(to_stderr=True)
     repository = SlowRepository(str(tmp_path / "events.sqlite3"))
-    recorder = Recorder(repository, rows=1000)
+    recorder = Recorder(repository, Journal(str(tmp_path / "journal.sqlite3")), rows=1000)
     recorder.start()
     policy = Policy(Settings(defaultquota=2), recorder)
     request = request_bytes(sasl_username="twice")

@@ -18,7 +18,7 @@ from policyd import Settings, SettingsError
 Start = Callable[..., Policyd]
 
 ALL_KEYS = (
-    "bind, port, defaultquota, strip_domain, whitelist, blacklist, whitelist_days, whitelist_hours,"
+    "bind, port, max_connections, defaultquota, strip_domain, whitelist, blacklist, whitelist_days, whitelist_hours,"
     " dbhost, dbport, dbname, dbuser, dbpass, policy_table, statedir"
 )
 DATABASE = b"dbname=policyd\ndbuser=policyd\n"
