@@ -72,6 +72,8 @@ need python3 command -v "$python"
 need python3-venv "$python" -c 'import ensurepip'
 need mariadb-server command -v mariadbd
 need mariadb-client command -v mariadb
+need galera-4 installed galera-4
+need rsync command -v rsync
 need postfix command -v postfix
 need sasl2-bin command -v saslpasswd2
 need libsasl2-modules installed libsasl2-modules
