@@ -149,8 +149,8 @@ class BareHandler(socketserver.StreamRequestHandler):
     """The least a threaded policy server can do."""
 
     def handle(self) -> None:
-        """Read the lines, answer, again."""
-        for line in self.rfile:
+        """Read line by line up to the empty one, answer, again."""
+        while line := self.rfile.readline(8192):
             if line == b"\n":
                 self.wfile.write(b"action=DUNNO\n\n")
 
