@@ -224,6 +224,16 @@ class UserList:
 NOBODY = UserList()
 
 
+def read_lines(path: str) -> list[str]:
+    """Return the lines of a settings file without the space around them: UTF-8, but comments may hold anything."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            return [line.strip() for line in file]
+    except OSError as error:
+        hint = f"; try: chown root:policyd {path} && chmod 0640 {path}" if error.errno == errno.EACCES else ""
+        raise SettingsError(f"{path}: {error.strerror}{hint}") from error
+
+
 def read_number(lowest: int, highest: int) -> Callable[[str], int]:
     """Return a reader of whole numbers in these bounds; like all readers below it raises ValueError."""
 
@@ -388,16 +398,6 @@ class Settings:
         if not directory:
             directory = "/var/lib/policyd" if os.access("/var/lib/policyd", os.W_OK) else os.getcwd()
         return os.path.join(directory, name)
-
-
-def read_lines(path: str) -> list[str]:
-    """Return the lines of a settings file without the space around them: UTF-8, but comments may hold anything."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-            return [line.strip() for line in file]
-    except OSError as error:
-        hint = f"; try: chown root:policyd {path} && chmod 0640 {path}" if error.errno == errno.EACCES else ""
-        raise SettingsError(f"{path}: {error.strerror}{hint}") from error
 
 
 # ---- protocol: Postfix's SMTPD_POLICY_README, and nothing of storage ----------------------------------
@@ -975,6 +975,11 @@ class SQLiteRepository:
             raise RepositoryUnavailable(f"{self._path}: {error}") from error
 
     def _open(self) -> sqlite3.Connection:
+        if os.geteuid() == 0 and not os.path.exists(self._path):  # root's --check: the daemon shall write it, too
+            with contextlib.suppress(OSError):
+                owner = os.stat(os.path.dirname(self._path))
+                os.close(os.open(self._path, os.O_CREAT, 0o600))
+                os.chown(self._path, owner.st_uid, owner.st_gid)
         connection = sqlite3.connect(self._path, timeout=1)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")  # what was answered stays counted after a power cut
@@ -1496,7 +1501,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """Answer requests until the end of the connection, a time-out, or a peer that speaks something else."""
         stream = RequestStream(self.request)
-        reader = io.BufferedReader(stream)
+        reader = io.BufferedReader(stream, MAX_LINE)
         peer = self.client_address[0] if self.client_address else "the Unix socket"
         self._answered = threading.Lock()  # held while an answer is owed
         try:

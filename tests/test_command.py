@@ -88,6 +88,17 @@ def test_check_says_what_it_found_of_the_embedded_store(file: Path, tmp_path: Pa
     )
 
 
+def test_check_by_root_leaves_a_store_that_the_daemon_can_write(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    if os.geteuid() == 0:
+        os.chown(state, 65534, 65534)
+    settings = tmp_path / "policyd.cfg"
+    settings.write_text(f"statedir={state}\n")
+    run(0, "-c", str(settings), "--check")
+    assert {path.stat().st_uid for path in [state, *state.iterdir()]} == {state.stat().st_uid}
+
+
 def test_check_says_when_the_embedded_store_cannot_be_written(tmp_path: Path, file: Path) -> None:
     absent = tmp_path / "absent"
     file.write_text(f"statedir={absent}\n")
