@@ -1110,6 +1110,7 @@ class Outage:
     """From the first failure of the store until the journal is empty again."""
 
     began: float  # monotonic
+    reason: str = ""  # as last logged
     replayed: int = 0  # events
     attempts: int = 0
 
@@ -1282,9 +1283,11 @@ class Recorder:
 
     def _begin_outage(self, error: Exception) -> None:
         """From now on nobody asks the store.  Any other kind of error is a fault of ours: no reason to lose count."""
-        reason = error if isinstance(error, RepositoryUnavailable) else traceback.format_exc()
-        log.error(f"ERROR while UPDATING db: {reason}; counting in {self._journal.place} until it is back")
+        reason = str(error) if isinstance(error, RepositoryUnavailable) else traceback.format_exc()
         self._outage = self._outage or Outage(time.monotonic())
+        if reason != self._outage.reason:  # once, also of a store that says it is ready and refuses each time
+            log.error(f"ERROR while UPDATING db: {reason}; counting in {self._journal.place} until it is back")
+            self._outage.reason = reason
         self._away.set()
 
     def _find_store(self) -> None:

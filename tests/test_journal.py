@@ -92,6 +92,16 @@ def is_up(recorder: Recorder) -> None:
 # --- the journal by itself ---
 
 
+def test_a_store_that_says_it_is_ready_and_refuses_each_time_is_one_error(
+    store: BreakableRepository, no_delay: None, logged: KeptLog
+) -> None:
+    store.broken = frozenset(["insert"])
+    with recording(store) as recorder:
+        assert [Waiter(recorder, event("anna", 1)).sum() for _ in range(3)] == [1, 2, 3]
+        wait_until(lambda: store.checks > 5, "the store was found ready, and failed again, several times")
+        assert len(logged.errors()) == 1
+
+
 def test_what_the_journal_holds_survives_a_restart(path: Path) -> None:
     Journal(str(path)).insert([event("anna", 3), event("bert", 5), event("anna", 4)])
     journal = Journal(str(path))
