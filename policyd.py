@@ -108,6 +108,13 @@ DRAIN_S = 3.5  # at the end: for the answers still owed
 # ---- log: lines on their way to syslog ------------------------------------------------------------
 
 
+def printable(text: str) -> str:
+    """Return `text` as printable ASCII on one line, everything else escaped as in a Python string."""
+    if text.isascii() and text.isprintable():
+        return text
+    return text.encode("unicode_escape").decode("ascii")
+
+
 class Log:
     """A queue of lines and the one thread that hands them to syslog, so that no answer waits for it.
 
@@ -165,13 +172,6 @@ class Log:
                 with self._lock:
                     dropped, self._dropped = self._dropped, 0
                 self.warning(f"{dropped} log lines were lost: syslog did not take them")
-
-
-def printable(text: str) -> str:
-    """Return `text` as printable ASCII on one line, everything else escaped as in a Python string."""
-    if text.isascii() and text.isprintable():
-        return text
-    return text.encode("unicode_escape").decode("ascii")
 
 
 log = Log()
@@ -419,24 +419,6 @@ class PolicyRequest(NamedTuple):
     recipient_count: int  # 0 outside DATA and END-OF-MESSAGE
 
 
-def read_request(readline: Callable[[int], bytes]) -> PolicyRequest | None:
-    """Read one request, or return None when the peer ends before its empty line; raises ProtocolError."""
-    lines: list[bytes] = []
-    size = 0
-    while (line := readline(MAX_LINE + 1)) != b"\n":
-        size += len(line)
-        if line[-1:] != b"\n":
-            if len(line) <= MAX_LINE:
-                return None
-            raise ProtocolError(f"a line longer than {MAX_LINE} bytes")
-        if size > MAX_REQUEST:
-            raise ProtocolError(f"a request longer than {MAX_REQUEST} bytes")
-        if b"=" not in line:
-            raise ProtocolError("a line without '='")
-        lines.append(line)
-    return parse_request(b"".join(lines) + b"\n")
-
-
 def parse_request(block: bytes) -> PolicyRequest:
     """Return the request whose lines, the empty one included, are `block`; raises ProtocolError.
 
@@ -465,6 +447,24 @@ def parse_request(block: bytes) -> PolicyRequest:
         client_address=value("client_address", ""),
         recipient_count=int(count),
     )
+
+
+def read_request(readline: Callable[[int], bytes]) -> PolicyRequest | None:
+    """Read one request, or return None when the peer ends before its empty line; raises ProtocolError."""
+    lines: list[bytes] = []
+    size = 0
+    while (line := readline(MAX_LINE + 1)) != b"\n":
+        size += len(line)
+        if line[-1:] != b"\n":
+            if len(line) <= MAX_LINE:
+                return None
+            raise ProtocolError(f"a line longer than {MAX_LINE} bytes")
+        if size > MAX_REQUEST:
+            raise ProtocolError(f"a request longer than {MAX_REQUEST} bytes")
+        if b"=" not in line:
+            raise ProtocolError("a line without '='")
+        lines.append(line)
+    return parse_request(b"".join(lines) + b"\n")
 
 
 # ---- decision: numbers and hours, no clock, no socket, no SQL ------------------------------------------
@@ -546,6 +546,18 @@ def run_up(logins: Sequence[str], events: Sequence[Event], totals: dict[str, int
     return sums[::-1]
 
 
+def set_deadline(connection: Connection[Any], deadline: float) -> None:
+    """Let no read or write of `connection` wait beyond `deadline`; PyMySQL has such limits at connect only."""
+    patience = max(0.01, deadline - time.monotonic())
+    vars(connection).update(_read_timeout=patience, _write_timeout=patience)
+
+
+def close_quietly(connection: Connection[Any]) -> None:
+    """Close a connection that may be broken already."""
+    with contextlib.suppress(Exception):
+        connection.close()
+
+
 class ConnectionPool:
     """PyMySQL connections to the first server of `dbhost` that answers.  Thread-safe."""
 
@@ -608,19 +620,15 @@ class ConnectionPool:
         self._servers.rotate(-1)
 
 
-def set_deadline(connection: Connection[Any], deadline: float) -> None:
-    """Let no read or write of `connection` wait beyond `deadline`; PyMySQL has such limits at connect only."""
-    patience = max(0.01, deadline - time.monotonic())
-    vars(connection).update(_read_timeout=patience, _write_timeout=patience)
-
-
-def close_quietly(connection: Connection[Any]) -> None:
-    """Close a connection that may be broken already."""
-    with contextlib.suppress(Exception):
-        connection.close()
-
-
 CODECS = {"utf8mb4": "utf-8", "latin1": "cp1252"}  # MariaDB's latin1 is cp1252; of the others we use ASCII
+
+
+def fit(text: str, column: tuple[int, str]) -> str:
+    """Return `text` as a CHAR column gives it back: escaped, cut, and without spaces at its end."""
+    width, codec = column
+    if text.isascii() and len(text) <= width and not text.endswith(" "):
+        return text
+    return text.encode(codec, "backslashreplace").decode(codec)[:width].rstrip(" ")
 
 
 class Table(NamedTuple):
@@ -635,12 +643,21 @@ class Table(NamedTuple):
         return (*map(fit, event[:3], self.columns), event.recipient_count)
 
 
-def fit(text: str, column: tuple[int, str]) -> str:
-    """Return `text` as a CHAR column gives it back: escaped, cut, and without spaces at its end."""
-    width, codec = column
-    if text.isascii() and len(text) <= width and not text.endswith(" "):
-        return text
-    return text.encode(codec, "backslashreplace").decode(codec)[:width].rstrip(" ")
+def query(connection: Connection[Any], statement: str, arguments: Sequence[object] = ()) -> list[Any]:
+    """Run one statement and return its rows."""
+    with connection.cursor() as cursor:
+        cursor.execute(statement, arguments or None)
+        return list(cursor.fetchall())
+
+
+def retries(error: Exception) -> int:
+    """Return how often a statement that ended with `error` is worth another try."""
+    if isinstance(error.__context__, socket.timeout):
+        return 0  # it may be at work still, and once more would be twice
+    if error.args[:1] in [(1213,), (1205,), (1020,)]:  # deadlock or Galera conflict, lock wait, record has changed
+        return RACE_RETRIES
+    # server has gone away, lost connection: found closed
+    return int(isinstance(error, pymysql.InterfaceError) or error.args[:1] in [(2006,), (2013,)])
 
 
 class MariaDBRepository:
@@ -845,23 +862,6 @@ class MariaDBRepository:
             raise RepositoryUnavailable(str(error)) from error
         finally:
             close_quietly(connection)
-
-
-def query(connection: Connection[Any], statement: str, arguments: Sequence[object] = ()) -> list[Any]:
-    """Run one statement and return its rows."""
-    with connection.cursor() as cursor:
-        cursor.execute(statement, arguments or None)
-        return list(cursor.fetchall())
-
-
-def retries(error: Exception) -> int:
-    """Return how often a statement that ended with `error` is worth another try."""
-    if isinstance(error.__context__, socket.timeout):
-        return 0  # it may be at work still, and once more would be twice
-    if error.args[:1] in [(1213,), (1205,), (1020,)]:  # deadlock or Galera conflict, lock wait, record has changed
-        return RACE_RETRIES
-    # server has gone away, lost connection: found closed
-    return int(isinstance(error, pymysql.InterfaceError) or error.args[:1] in [(2006,), (2013,)])
 
 
 class SQLiteRepository:
@@ -1542,6 +1542,22 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         self._answered.release()
 
 
+def remove_stale_socket(path: str) -> None:
+    """Remove the socket of a daemon that is no more; raises OSError if one listens, or if it is not a socket."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "is there and not a socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise OSError(errno.EADDRINUSE, "another daemon listens there")
+
+
 class PolicyServer(socketserver.ThreadingTCPServer):
     """Listens on TCP or on a Unix socket, and runs a PolicyHandler in a thread for each connection."""
 
@@ -1624,22 +1640,6 @@ class PolicyServer(socketserver.ThreadingTCPServer):
             time.sleep(0.01)
 
 
-def remove_stale_socket(path: str) -> None:
-    """Remove the socket of a daemon that is no more; raises OSError if one listens, or if it is not a socket."""
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise FileExistsError(errno.EEXIST, "is there and not a socket")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise OSError(errno.EADDRINUSE, "another daemon listens there")
-
-
 # ---- process: arguments, signals, systemd; the only section that wires the others ------------------------------
 
 EXIT_SETTINGS = 78  # EX_CONFIG: systemd does not restart us
@@ -1662,6 +1662,14 @@ def stay_on_one_processor() -> None:
     """
     with contextlib.suppress(OSError):  # forbidden: slower, no worse
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def newest_rows(settings: Settings) -> int:
+    """Return how many of a login's newest events decide: past twice the quota, nothing changes any more.
+
+    Each has a recipient at least.  Those of a batch are on top: running sums are computed back from the last one.
+    """
+    return 2 * settings.defaultquota + BATCH_EVENTS
 
 
 class Daemon:
@@ -1733,14 +1741,6 @@ class Daemon:
         log.info(f"policyd ends; {self.status()}")
 
 
-def newest_rows(settings: Settings) -> int:
-    """Return how many of a login's newest events decide: past twice the quota, nothing changes any more.
-
-    Each has a recipient at least.  Those of a batch are on top: running sums are computed back from the last one.
-    """
-    return 2 * settings.defaultquota + BATCH_EVENTS
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, with mistakes on one line."""
 
@@ -1759,6 +1759,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     instead.add_argument("--check", action="store_true", help="try settings, database and table, and say what is found")
     instead.add_argument("--init-db", action="store_true", help="create the table, or upgrade an old one")
     return parser.parse_args(arguments)
+
+
+def fail(message: str, status: int = 1) -> int:
+    """Say on stderr why we end; return the exit status."""
+    print(f"policyd: {printable(message)}", file=sys.stderr)
+    return status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -1799,12 +1805,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     daemon.run()
     log.stop()
     return 0
-
-
-def fail(message: str, status: int = 1) -> int:
-    """Say on stderr why we end; return the exit status."""
-    print(f"policyd: {printable(message)}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":
