@@ -1161,7 +1161,12 @@ class Recorder:
         self._waiting.put((event, on_sum))
 
     def longest_wait_s(self) -> float:
-        """Return for how long the batch at work has kept its events, and those behind it, waiting."""
+        """Return for how long the batch at work has kept its events, and those behind it, waiting.
+
+        Without end, if a thread has died of a fault of ours: only a restart helps, and systemd's watchdog sees to it.
+        """
+        if not all(thread.is_alive() for thread in self._threads):
+            return float("inf")
         began = self._batch_began
         return 0.0 if began is None else time.monotonic() - began
 
@@ -1680,6 +1685,7 @@ class Daemon:
     def __init__(self, settings: Settings, settings_file: str | None) -> None:
         """Listen; raises OSError."""
         self._settings_file = settings_file
+        self._started_with = settings
         self._repository = open_repository(settings)
         journal = Journal(settings.state_file("journal.sqlite3"))
         self._recorder = Recorder(self._repository, journal, newest_rows(settings))
@@ -1723,7 +1729,7 @@ class Daemon:
         except SettingsError as error:
             log.error(f"{error}; going on with the old settings")
         else:
-            changed = new.differences(self._policy.settings)
+            changed = new.differences(self._started_with)
             if changed:
                 log.warning(f"settings changed that need a restart: {', '.join(changed)}")
             self._policy.settings = new

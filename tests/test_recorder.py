@@ -13,7 +13,18 @@ from recorders import PATIENCE_S, FaultyRepository, GatedRepository, Waiter, rec
 from servers import Database, wait_until
 from stores import KeptLog, SQLiteStore, event, maria_repository
 
-from policyd import BATCH_EVENTS, DAY_S, FIRST_PURGE_S, KEEP_DAYS, RETRY_PURGE_S, Event, SQLiteRepository, purge_daily
+from policyd import (
+    BATCH_EVENTS,
+    DAY_S,
+    FIRST_PURGE_S,
+    KEEP_DAYS,
+    RETRY_PURGE_S,
+    Event,
+    Journal,
+    Recorder,
+    SQLiteRepository,
+    purge_daily,
+)
 
 
 @pytest.fixture
@@ -114,6 +125,21 @@ def test_the_wait_of_the_batch_at_work_can_be_watched(store: SQLiteStore) -> Non
             wait_until(lambda: recorder.longest_wait_s() > 0.05, "the wait grows")
         first.sum()
         wait_until(lambda: recorder.longest_wait_s() == 0, "nobody waits")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_thread_is_a_wait_without_end_so_that_the_watchdog_restarts_us(tmp_path: Path) -> None:
+    class FaultyJournal(Journal):
+        def look(self) -> int:
+            raise ValueError("a fault of ours")
+
+    store = SQLiteRepository(str(tmp_path / "events.sqlite3"))
+    recorder = Recorder(store, FaultyJournal(str(tmp_path / "journal.sqlite3")), 1)
+    recorder.start()
+    try:
+        wait_until(lambda: recorder.longest_wait_s() == float("inf"), "the dead thread is noticed")
+    finally:
+        recorder.stop(0)
 
 
 def test_the_end_commits_what_waits(store: SQLiteStore) -> None:

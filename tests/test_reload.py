@@ -105,6 +105,8 @@ def test_a_changed_port_is_said_to_need_a_restart(policyd: Start) -> None:
     reload(daemon)
     assert logged(daemon)[-2] == ("warning", "settings changed that need a restart: bind, port")
     assert daemon.ask() == "HOLD quota exceeded"
+    reload(daemon)
+    assert logged(daemon)[-2] == ("warning", "settings changed that need a restart: bind, port"), "still true"
 
 
 def test_a_changed_password_is_said_to_need_a_restart_and_not_shown(policyd: Start) -> None:
