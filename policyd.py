@@ -48,6 +48,7 @@ import difflib
 import errno
 import io
 import ipaddress
+import math
 import os
 import queue
 import re
@@ -76,6 +77,11 @@ __version__ = "0.1.0"
 
 SETTINGS_FILE = "/etc/postfix/policyd.cfg"
 
+NEVER = sys.maxsize  # a sum that nobody reaches
+MAX_MESSAGE = 200  # characters of the site's own in an answer: an SMTP reply of one line has 512
+
+STEPS_PER_OCTAVE = 8  # in which the times that answers take are told apart: 9 % each
+
 MAX_LINE = 8192  # bytes of one attribute, without its newline
 MAX_REQUEST = 65536  # bytes of one request
 IDLE_TIMEOUT_S = 1015  # above Postfix's smtpd_policy_service_max_ttl (1000 s): Postfix is the one to hang up
@@ -93,10 +99,10 @@ TABLE_LOOK_S = 60  # how long a connection trusts what it has seen of the table'
 PURGE_SLICE = 10_000  # rows of one DELETE
 REPLAY_SLICE = 500  # rows of the journal that one INSERT takes between two batches
 LAST_KNOWN_SUMS = 100_000
-KEEP_DAYS = 7
 FIRST_PURGE_S = 60
 RETRY_PURGE_S = 3600
 DAY_S = 86_400
+FIGURES_S = 60  # between two versions of policyd.prom
 STUCK_S = 10  # an event that waits longer than this stops the watchdog's pings
 
 LOG_QUEUE_LINES = 10_000
@@ -264,6 +270,35 @@ def read_yes_or_no(text: str) -> bool:
     return text.lower() == "yes"
 
 
+def read_mode(text: str) -> str:
+    """Read `enforce` or `audit`."""
+    if text.lower() not in ("enforce", "audit"):
+        raise ValueError("give enforce or audit")
+    return text.lower()
+
+
+def read_message(text: str) -> str:
+    """Read a text for an SMTP reply."""
+    if not text.isascii() or len(text) > MAX_MESSAGE:
+        raise ValueError(f"give at most {MAX_MESSAGE} characters, all of them ASCII")
+    return text
+
+
+def read_address(text: str) -> str:
+    """Read a mail address, lower-cased."""
+    if not re.fullmatch(r"[^@\s]+@[^@\s]+", text):
+        raise ValueError("give a mail address, for example helpdesk@example.org")
+    return text.lower()
+
+
+def read_quota(text: str) -> tuple[str, int]:
+    """Read LOGIN:N, a login and its quota."""
+    match = re.fullmatch(r"(\S+):([0-9]{1,9}|unlimited)", text.lower())
+    if not match:
+        raise ValueError("give LOGIN:N or LOGIN:unlimited, for example newsletter:20000")
+    return match[1], NEVER if match[2] == "unlimited" else int(match[2])
+
+
 def read_table(text: str) -> str:
     """Read a table's name, which goes into SQL as it is."""
     if not re.fullmatch("[A-Za-z0-9_$]{1,64}", text):
@@ -301,9 +336,29 @@ def read_list_entry(text: str) -> str | Network:
     return address.network
 
 
-def setting(default: Any, read: Callable[[str], Any], restart: bool = False, secret: bool = False) -> Any:
+def login_of(sasl_username: str, strip_domain: bool) -> str:
+    """Return the account a `sasl_username` stands for: lower case, and cut at `@`."""
+    login = sasl_username.lower()
+    return (strip_domain and login.partition("@")[0]) or login
+
+
+class Limits(NamedTuple):
+    """The sums of a login's recipients from which on its mail is held and refused."""
+
+    hold_at: int
+    reject_at: int
+
+    def reject_in_words(self) -> str:
+        """Return the second one as the log has it."""
+        return f"2x{self.hold_at}" if self.reject_at == 2 * self.hold_at else str(self.reject_at)
+
+
+def setting(
+    default: Any, read: Callable[[str], Any], repeated: bool = False, restart: bool = False, secret: bool = False
+) -> Any:
     """Return a field of Settings: its default, how its text is read, and whether a change needs a restart."""
-    return dataclasses.field(default=default, repr=not secret, metadata={"read": read, "restart": restart})
+    metadata = {"read": read, "repeated": repeated, "restart": restart}
+    return dataclasses.field(default_factory=lambda: default, repr=not secret, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,12 +368,19 @@ class Settings:
     bind: str = setting("127.0.0.1", str, restart=True)
     port: int = setting(9093, read_number(1, 65535), restart=True)
     max_connections: int = setting(1000, read_number(1, 100_000))
+    mode: str = setting("enforce", read_mode)
     defaultquota: int = setting(1500, read_number(1, 999_999_999))
+    rejectquota: int = setting(0, read_number(1, 999_999_999))  # 0: twice defaultquota
+    quota: dict[str, Limits] = setting({}, read_quota, repeated=True)
     strip_domain: bool = setting(True, read_yes_or_no)
-    whitelist: UserList = setting(NOBODY, read_list_entry)
-    blacklist: UserList = setting(NOBODY, read_list_entry)
+    hold_message: str = setting("", read_message)
+    reject_message: str = setting("", read_message)
+    always_allow: frozenset[str] = setting(frozenset(), read_address, repeated=True)
+    whitelist: UserList = setting(NOBODY, read_list_entry, repeated=True)
+    blacklist: UserList = setting(NOBODY, read_list_entry, repeated=True)
     whitelist_days: tuple[int, int] = setting((1, 5), read_range(1, 7, "1-5"))
     whitelist_hours: tuple[int, int] = setting((7, 19), read_range(0, 24, "7-19"))
+    keep_days: int = setting(7, read_number(2, 36_500))
     dbhost: tuple[tuple[str, int | None], ...] = setting((), read_servers, restart=True)
     dbport: int = setting(3306, read_number(1, 65535), restart=True)
     dbname: str = setting("", str, restart=True)
@@ -335,21 +397,31 @@ class Settings:
         passwords contain both.
         """
         values: dict[str, Any] = {}
-        entries: dict[str, list[str | Network]] = {"whitelist": [], "blacklist": []}
+        repeated: dict[str, dict[Any, int]] = {  # each value with its line
+            field.name: {} for field in dataclasses.fields(cls) if field.metadata["repeated"]
+        }
         line_of: dict[str, int] = {}
         for number, line in enumerate(read_lines(path), start=1):
             if not line or line.startswith("#"):
                 continue
             try:
                 key, value = cls._read_line(line)
-                if key in entries:
-                    entries[key].append(value)
-                elif key in values:
+                if key in values:
                     raise ValueError(f"{key}= was given in line {line_of[key]} already; keep one of them")
             except ValueError as error:
                 raise SettingsError(f"{path}:{number}: {printable(str(error))}") from error
-            values[key], line_of[key] = value, number
-        values.update((key, UserList(listed)) for key, listed in entries.items())
+            line_of[key] = number
+            if key in repeated:
+                repeated[key][value] = number
+            else:
+                values[key] = value
+        return cls._put_together(path, values, repeated, line_of)
+
+    @classmethod
+    def _put_together(
+        cls, path: str, values: dict[str, Any], repeated: dict[str, dict[Any, int]], line_of: dict[str, int]
+    ) -> Settings:
+        """Return the settings, unless one of them needs or forbids another."""
         database = [key for key in line_of if key.startswith("db")]
         for key in ("dbname", "dbuser"):
             if database and key not in values:
@@ -359,7 +431,24 @@ class Settings:
                 )
         if database:
             values.setdefault("dbhost", (("127.0.0.1", None),))
-        return cls(**values)
+        settings = cls(
+            **values,
+            quota={},
+            always_allow=frozenset(repeated["always_allow"]),
+            whitelist=UserList(repeated["whitelist"]),
+            blacklist=UserList(repeated["blacklist"]),
+        )
+        if 0 < settings.rejectquota < settings.defaultquota:
+            raise SettingsError(
+                f"{path}:{line_of['rejectquota']}: rejectquota={settings.rejectquota} is below"
+                f" defaultquota={settings.defaultquota}; mail is held first, then refused"
+            )
+        for (login, own), number in repeated["quota"].items():
+            login = login_of(login, settings.strip_domain)
+            if login in settings.quota:
+                raise SettingsError(f"{path}:{number}: {printable(login)} has a quota= already; keep one of them")
+            settings.quota[login] = Limits(own, 2 * own if 0 < own < NEVER else NEVER)  # 0 holds, and never refuses
+        return settings
 
     @classmethod
     def _read_line(cls, line: str) -> tuple[str, Any]:
@@ -380,6 +469,10 @@ class Settings:
             return key, readers[key](text)
         except ValueError as error:
             raise ValueError(f"{key}={text}: {error}") from error
+
+    def limits_of(self, login: str) -> Limits:
+        """Return the limits of a login: those of a quota of its own, or everybody's."""
+        return self.quota.get(login) or Limits(self.defaultquota, self.rejectquota or 2 * self.defaultquota)
 
     def listens_on(self) -> str:
         """Return the address as Postfix spells it."""
@@ -416,6 +509,7 @@ class PolicyRequest(NamedTuple):
     sasl_username: str
     sender: str
     client_address: str
+    recipient: str  # empty when there are several
     recipient_count: int  # 0 outside DATA and END-OF-MESSAGE
 
 
@@ -445,6 +539,7 @@ def parse_request(block: bytes) -> PolicyRequest:
         sasl_username=value("sasl_username", ""),
         sender=value("sender", ""),
         client_address=value("client_address", ""),
+        recipient=value("recipient", ""),
         recipient_count=int(count),
     )
 
@@ -492,12 +587,6 @@ def in_office_hours(now: time.struct_time, days: tuple[int, int], hours: tuple[i
     return days[0] <= now.tm_wday + 1 <= days[1] and hours[0] <= now.tm_hour < hours[1]
 
 
-def login_of(sasl_username: str, strip_domain: bool) -> str:
-    """Return the account a `sasl_username` stands for: lower case, and cut at `@`."""
-    login = sasl_username.lower()
-    return (strip_domain and login.partition("@")[0]) or login
-
-
 # ---- storage: events in, sums out; two stores behind one interface --------------------------------------
 
 
@@ -514,17 +603,25 @@ class Event(NamedTuple):
     recipient_count: int
 
 
+class Scope(NamedTuple):
+    """How many of a login's newest events with recipients a sum must cover; older ones may be left out."""
+
+    rows: int
+    own_rows: dict[str, int]  # of logins that need more
+
+    def rows_of(self, login: str) -> int:
+        """Return their number for a login."""
+        return self.own_rows.get(login, self.rows)
+
+
 class Repository(Protocol):
     """What the rest asks of a store; `deadline` is in monotonic seconds.  All raise RepositoryUnavailable."""
 
     def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
         """Commit `events` as of now, or as of `times` (ms since 1970); return the positions of those refused."""
 
-    def sum_recipients(self, events: Sequence[Event], rows: int, deadline: float) -> list[int]:
-        """Return, for each of the `events` just inserted, what its login had reached with it in 24 h.
-
-        Of a login's events with recipients the newest `rows` must be summed, older ones may be left out.
-        """
+    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[int]:
+        """Return, for each of the `events` just inserted, what its login had reached with it in 24 h."""
 
     def check(self, deadline: float) -> str:
         """Return one line on the store, once it has been seen that events can be inserted."""
@@ -747,19 +844,22 @@ class MariaDBRepository:
             values = [(ts, *event) for ts, event in zip(times, values)]
         query(connection, statement, [value for event in values for value in event])
 
-    def sum_recipients(self, events: Sequence[Event], rows: int, deadline: float) -> list[int]:
+    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[int]:
         """See Repository."""
-        return self._run(lambda connection: self._sum(connection, events, rows), deadline)
+        return self._run(lambda connection: self._sum(connection, events, scope), deadline)
 
-    def _sum(self, connection: Connection[Any], events: Sequence[Event], rows: int) -> list[int]:
+    def _sum(self, connection: Connection[Any], events: Sequence[Event], scope: Scope) -> list[int]:
         table = self._look(connection)
         logins = [fit(event.sasl_username, table.columns[0]) for event in events]
+        rows = dict.fromkeys(logins, 0)
+        for login, event in zip(logins, events):
+            rows[login] = max(rows[login], scope.rows_of(event.sasl_username))
         totals = dict.fromkeys(logins, 0)
         bounded = [login for login in totals if table.force_index and login in self._long]
         others = [login for login in totals if login not in bounded]
         words = {"table": self._name, "index": table.force_index, "login": table.login}
         parts = [self.BOUNDED_SUM.format(**words)] * len(bounded)
-        arguments = [value for login in bounded for value in (login, login, login, rows)]
+        arguments = [value for login in bounded for value in (login, login, login, rows[login])]
         if others:
             parts.append(self.SUM.format(logins=", ".join(["%s"] * len(others)), **words))
             arguments += others
@@ -767,7 +867,7 @@ class MariaDBRepository:
             login = login.rstrip(" ")
             if login in totals:
                 totals[login] = int(total or 0)
-                (self._long.add if found >= rows else self._long.discard)(login)
+                (self._long.add if found >= rows[login] else self._long.discard)(login)
         return run_up(logins, events, totals)
 
     def check(self, deadline: float) -> str:
@@ -908,18 +1008,18 @@ class SQLiteRepository:
             connection.executemany(self.INSERT, [(ts, *event) for ts, event in zip(times, events)])
         return set()
 
-    def sum_recipients(self, events: Sequence[Event], rows: int, deadline: float) -> list[int]:
+    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[int]:
         """See Repository."""
         logins = [event.sasl_username for event in events]
-        return run_up(logins, events, self.totals(logins, rows))
+        return run_up(logins, events, self.totals(logins, scope))
 
-    def totals(self, logins: Iterable[str], rows: int) -> dict[str, int]:
-        """Return each login's sum of 24 h, of the newest `rows` as in sum_recipients()."""
+    def totals(self, logins: Iterable[str], scope: Scope) -> dict[str, int]:
+        """Return each login's sum of 24 h."""
         since = self._ms_ago(days=1)
         totals = dict.fromkeys(logins, 0)
         with self._connection() as connection:
             for login in totals:
-                totals[login] = connection.execute(self.SUM, (login, since, rows)).fetchone()[0] or 0
+                totals[login] = connection.execute(self.SUM, (login, since, scope.rows_of(login))).fetchone()[0] or 0
         return totals
 
     def check(self, deadline: float) -> str:
@@ -1052,11 +1152,11 @@ class Journal:
                 return len(kept)
         return 0
 
-    def totals(self, logins: Sequence[str], rows: int) -> dict[str, int]:
+    def totals(self, logins: Sequence[str], scope: Scope) -> dict[str, int]:
         """Return what the journal holds of each login's last 24 h."""
-        totals = self._memory.totals(logins, rows)
+        totals = self._memory.totals(logins, scope)
         with contextlib.suppress(RepositoryUnavailable):
-            for login, recipients in self._file.totals(logins, rows).items():
+            for login, recipients in self._file.totals(logins, scope).items():
                 totals[login] += recipients
         return totals
 
@@ -1131,8 +1231,8 @@ class Recorder:
     again, the journal follows slice by slice between the batches, and until it is empty a sum is both's.
     """
 
-    def __init__(self, repository: Repository, journal: Journal, rows: int) -> None:
-        self.rows = rows  # of a login's newest ones, which a sum must cover
+    def __init__(self, repository: Repository, journal: Journal, scope: Scope) -> None:
+        self.scope = scope  # replaced whole by a reload
         self._repository = repository
         self._journal = journal
         self._journaled = 0  # events in the journal
@@ -1170,13 +1270,15 @@ class Recorder:
         began = self._batch_began
         return 0.0 if began is None else time.monotonic() - began
 
-    def state(self) -> str:
-        """Return `up`, or since when the store is away, and what is in the journal."""
+    def down_s(self) -> float | None:
+        """Return for how long the store has been away, or None: it is there."""
         outage = self._outage
-        journal = f", {self._journaled} events in the journal" if self._journaled else ""
-        if outage and self._away.is_set():
-            return f"down for {time.monotonic() - outage.began:.0f} s{journal}"
-        return f"up{journal}"
+        return time.monotonic() - outage.began if outage and self._away.is_set() else None
+
+    @property
+    def journaled(self) -> int:
+        """The number of events in the journal."""
+        return self._journaled
 
     def stop(self, timeout: float) -> None:
         """Commit what waits, in `timeout` seconds at most; what is in the journal's file stays there."""
@@ -1255,7 +1357,7 @@ class Recorder:
         """Return the sums of `events`, which the store has taken."""
         now = time.monotonic()
         try:
-            sums = self._repository.sum_recipients(events, self.rows, deadline) if events else []
+            sums = self._repository.sum_recipients(events, self.scope, deadline) if events else []
         except Exception as error:
             self._begin_outage(error)
             self._last_known.add(events, now)
@@ -1264,14 +1366,14 @@ class Recorder:
             self._last_known.put(event.sasl_username, recipients, now)
         if not self._journaled:
             return sums
-        waiting = self._journal.totals([event.sasl_username for event in events], self.rows)
+        waiting = self._journal.totals([event.sasl_username for event in events], self.scope)
         return [recipients + waiting[event.sasl_username] for event, recipients in zip(events, sums)]
 
     def _sums_in_outage(self, events: list[Event]) -> list[int]:
         """Return the last known sums plus the journal's: one of them has `events` already."""
         now = time.monotonic()
         logins = [event.sasl_username for event in events]
-        totals = self._journal.totals(logins, self.rows)
+        totals = self._journal.totals(logins, self.scope)
         for login in totals:
             totals[login] += self._last_known.get(login, now)
         return run_up(logins, events, totals)
@@ -1327,18 +1429,19 @@ class Recorder:
             self._journaled, self._outage = 0, None
 
 
-def purge_daily(repository: Repository, closing: threading.Event) -> None:
-    """Delete what is older than a week, soon after the start and then every day, until `closing`."""
+def purge_daily(repository: Repository, keep_days: Callable[[], int], closing: threading.Event) -> None:
+    """Delete what is older than keep_days(), soon after the start and then every day, until `closing`."""
     pause: float = FIRST_PURGE_S
     while not closing.wait(pause):
+        days = keep_days()
         try:
-            deleted = repository.purge(KEEP_DAYS)
+            deleted = repository.purge(days)
         except RepositoryUnavailable as error:
             pause = RETRY_PURGE_S
             log.warning(f"old events stay for now: {error}")
         else:
             pause = DAY_S
-            log.info(f"purged {deleted} events older than {KEEP_DAYS} days")
+            log.info(f"purged {deleted} events older than {days} days")
 
 
 # ---- server: connections in, answers out ---------------------------------------------------------------------
@@ -1375,21 +1478,83 @@ class RecentAnswers:
             self._settled.notify_all()
 
 
+def answer_of(decision: str, settings: Settings) -> str:
+    """Return the access(5) action with which Postfix is told of a decision."""
+    if settings.mode == "audit":
+        return DUNNO
+    action = decision.partition(" ")[0]
+    message = {"HOLD": settings.hold_message, "REJECT": settings.reject_message}.get(action)
+    return f"{decision}; {message}" if message else decision
+
+
+def said(decision: str, settings: Settings) -> str:
+    """Return the word with which the log line of a decision begins."""
+    if settings.mode == "audit":
+        return f"would {decision.partition(' ')[0]}"
+    return {HOLD_BLACKLISTED: "Holding", REJECT: "REJECTING"}.get(decision, "DEFERRING")
+
+
+class Figures:
+    """What has been answered, for the status line and the file of figures.  Thread-safe."""
+
+    def __init__(self) -> None:
+        self.answered: collections.Counter[str] = collections.Counter()  # by action, since the start
+        self.spared: collections.Counter[str] = collections.Counter()  # held or refused, were it not for mode=audit
+        self._held: dict[str, float] = {}  # when a login was last held or refused, if it was so the last time
+        self._times: collections.Counter[int] = collections.Counter()  # this minute's, by the time taken, logarithmic
+        self._last_minute = self._times
+        self._lock = threading.Lock()  # guards all of them
+
+    def count(self, action: str, seconds: float) -> None:
+        """Count an answer and the time it took."""
+        slot = math.ceil(STEPS_PER_OCTAVE * math.log2(max(seconds, 1e-6)))
+        with self._lock:
+            self.answered[action.partition(" ")[0]] += 1
+            self._times[slot] += 1
+
+    def note(self, login: str, decision: str, is_audit: bool) -> None:
+        """Keep in mind whether this login is held or refused now."""
+        with self._lock:
+            if decision == DUNNO:
+                self._held.pop(login, None)
+                return
+            self._held[login] = time.monotonic()
+            if is_audit:
+                self.spared[decision.partition(" ")[0]] += 1
+
+    def logins_held(self) -> int:
+        """Return how many logins were held or refused when they last sent, within 24 h."""
+        since = time.monotonic() - DAY_S
+        with self._lock:
+            self._held = {login: when for login, when in self._held.items() if when > since}
+            return len(self._held)
+
+    def turn_minute(self) -> None:
+        """Begin the next minute."""
+        with self._lock:
+            self._last_minute, self._times = self._times, collections.Counter()
+
+    def p99_s(self) -> float:
+        """Return the time that 99 % of the last minute's answers kept to; 0 if there were none."""
+        with self._lock:
+            times = sorted((self._last_minute or self._times).items())
+        beyond = sum(count for _, count in times) // 100
+        for slot, count in reversed(times):
+            beyond -= count
+            if beyond < 0:
+                return float(2 ** (slot / STEPS_PER_OCTAVE))
+        return 0.0
+
+
 class Policy:
     """Answers requests: the lists, the recorder, the decision and the log line, in this order.  Thread-safe."""
 
     def __init__(self, settings: Settings, recorder: Recorder) -> None:
         self.settings = settings  # replaced whole by a reload
-        self.answered: collections.Counter[str] = collections.Counter()
+        self.figures = Figures()
         self._recorder = recorder
         self._recent = RecentAnswers()
         self._misplaced = OnceAMinute()
-        self._lock = threading.Lock()  # guards answered
-
-    def count(self, action: str) -> None:
-        """Keep count of an answer that is being sent."""
-        with self._lock:
-            self.answered[action.partition(" ")[0]] += 1
 
     def answer(self, request: PolicyRequest, peer: str, reply: Callable[[str], None]) -> None:
         """Call reply(access(5) action) once, now or from the recorder's thread; `peer` is the relay's address."""
@@ -1427,26 +1592,31 @@ class Policy:
         message = f"{login}/{event.sender}/{event.client_address}/{event.recipient_count}"
         queue_id = f", queue_id={request.queue_id[:KEPT_TEXT]}" if request.queue_id else ""
         names = (login, request.sasl_username.lower(), event.sender)
+        if request.recipient_count == 1 and request.recipient.lower() in settings.always_allow:
+            log.info(f"allowing mail to {request.recipient[:KEPT_TEXT]}: {message}")
+            return reply(DUNNO)
         if settings.blacklist.holds(names, event.client_address):
-            log.info(f"Holding blacklisted user: {message}{queue_id}")
-            return reply(HOLD_BLACKLISTED)
+            log.info(f"{said(HOLD_BLACKLISTED, settings)} blacklisted user: {message}{queue_id}")
+            self.figures.note(login, HOLD_BLACKLISTED, settings.mode == "audit")
+            return reply(answer_of(HOLD_BLACKLISTED, settings))
         if settings.whitelist.holds(names, event.client_address) and in_office_hours(
             time.localtime(), settings.whitelist_days, settings.whitelist_hours
         ):
             log.info(f"skipping whitelisted user: {message}")
             return reply(DUNNO)
+        limits = settings.limits_of(login)
 
         def on_sum(recipients: int | None) -> None:
             if recipients is None:
                 return reply(DUNNO)
-            quota = settings.defaultquota
-            answer = decide(recipients, quota, 2 * quota)
-            reply(answer)
+            decision = decide(recipients, limits.hold_at, limits.reject_at)
+            reply(answer_of(decision, settings))
+            self.figures.note(login, decision, settings.mode == "audit")
             log.info(f"Updating db: {message}/{recipients}")
-            if answer != DUNNO:
-                verb, limit = ("REJECTING", f"2x{quota}") if answer == REJECT else ("DEFERRING", quota)
+            if decision != DUNNO:
+                limit = limits.reject_in_words() if decision == REJECT else limits.hold_at
                 log.info(
-                    f"{verb} overquota ({recipients}>{limit}) for user {login}"
+                    f"{said(decision, settings)} overquota ({recipients}>{limit}) for user {login}"
                     f" using {event.sender} from ip [{event.client_address}]{queue_id}"
                 )
 
@@ -1524,6 +1694,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
                 if request is None:
                     break
                 self._answered.acquire()  # answers go out in the order of the requests
+                self._asked = time.monotonic()
                 self.server.policy.answer(request, peer, self._reply)
         except ProtocolError as error:
             log.warning(f"bad request from {peer}: {error}; hung up")
@@ -1537,7 +1708,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
     def _reply(self, action: str) -> None:
         """Send the answer without waiting: whoever does not read his answers is hung up on."""
         answer = f"action={action}\n\n".encode("ascii")
-        self.server.policy.count(action)
+        self.server.policy.figures.count(action, time.monotonic() - self._asked)
         try:
             if self.request.send(answer, socket.MSG_DONTWAIT) < len(answer):
                 raise BlockingIOError
@@ -1660,6 +1831,15 @@ def notify(*lines: str) -> None:
         systemd.send("\n".join(lines).encode())
 
 
+def replace_file(path: str, text: str) -> None:
+    """Write a file that everybody may read, so that nobody ever reads half of it; raises OSError."""
+    new = f"{path}.new"
+    with open(new, "w", encoding="ascii") as file:
+        os.fchmod(file.fileno(), 0o644)
+        file.write(text)
+    os.replace(new, path)
+
+
 def stay_on_one_processor() -> None:
     """Keep all threads on one processor, which doubles what a busy daemon answers.
 
@@ -1669,12 +1849,14 @@ def stay_on_one_processor() -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
-def newest_rows(settings: Settings) -> int:
-    """Return how many of a login's newest events decide: past twice the quota, nothing changes any more.
+def scope_of(settings: Settings) -> Scope:
+    """Return how many of a login's newest events decide: once it is refused, older ones change nothing any more.
 
     Each has a recipient at least.  Those of a batch are on top: running sums are computed back from the last one.
     """
-    return 2 * settings.defaultquota + BATCH_EVENTS
+    rows = settings.limits_of("").reject_at + BATCH_EVENTS
+    own_rows = {login: limits.reject_at + BATCH_EVENTS for login, limits in settings.quota.items()}
+    return Scope(rows, {login: own for login, own in own_rows.items() if rows < own < NEVER})
 
 
 class Daemon:
@@ -1688,7 +1870,7 @@ class Daemon:
         self._started_with = settings
         self._repository = open_repository(settings)
         journal = Journal(settings.state_file("journal.sqlite3"))
-        self._recorder = Recorder(self._repository, journal, newest_rows(settings))
+        self._recorder = Recorder(self._repository, journal, scope_of(settings))
         self._policy = Policy(settings, self._recorder)
         self._server = PolicyServer(settings.bind, settings.port, self._policy)
         self._closing = threading.Event()
@@ -1697,7 +1879,9 @@ class Daemon:
         """Serve until SIGTERM or SIGINT; call with SIGNALS blocked."""
         self._recorder.start()
         threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True).start()
-        threading.Thread(target=purge_daily, args=(self._repository, self._closing), daemon=True).start()
+        purging = (self._repository, lambda: self._policy.settings.keep_days, self._closing)
+        threading.Thread(target=purge_daily, args=purging, daemon=True).start()
+        threading.Thread(target=self.publish, daemon=True).start()
         notify("READY=1", f"STATUS={self.status()}")
         pause = min(10.0, int(os.environ.get("WATCHDOG_USEC") or 20_000_000) / 2e6)  # half of what systemd allows
         while True:
@@ -1714,12 +1898,54 @@ class Daemon:
 
     def status(self) -> str:
         """Return the figures of the moment on one line."""
-        answered = self._policy.answered
+        figures, down_s = self._policy.figures, self._recorder.down_s()
+        answered, spared = figures.answered, figures.spared
+        audit = f" (audit: {spared['HOLD']} would HOLD, {spared['REJECT']} would REJECT)" if spared else ""
+        since = "" if down_s is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - down_s))
         return (
             f"{sum(answered.values())} requests: {answered['DUNNO']} DUNNO, {answered['HOLD']} HOLD,"
-            f" {answered['REJECT']} REJECT; {len(self._server.connections)} connections;"
-            f" database {self._recorder.state()}"
+            f" {answered['REJECT']} REJECT{audit}; {figures.logins_held()} logins held;"
+            f" {len(self._server.connections)} connections; p99 {figures.p99_s() * 1000:.1f} ms;"
+            f" database {f'down since {since}' if since else 'up'}, {self._recorder.journaled} events in the journal"
         )
+
+    def metrics(self) -> str:
+        """Return the same figures in Prometheus' text format."""
+        figures, down_s = self._policy.figures, self._recorder.down_s()
+        samples: list[tuple[str, str, str, Any]] = [
+            ("requests_total", "counter", "Requests answered.", figures.answered),
+            ("audited_total", "counter", "Messages that mode=audit has let through.", figures.spared),
+            ("logins_held", "gauge", "Logins that were held or refused when they last sent.", figures.logins_held()),
+            ("database_up", "gauge", "Is the database in use?", int(down_s is None)),
+            ("database_down_seconds", "gauge", "For how long it has been away.", round(down_s or 0)),
+            ("journal_events", "gauge", "Events that wait for the database.", self._recorder.journaled),
+            ("answer_p99_seconds", "gauge", "99 % of the last minute's answers were as fast.", figures.p99_s()),
+            ("connections", "gauge", "Open connections.", len(self._server.connections)),
+        ]
+        lines = []
+        for name, kind, about, value in samples:
+            lines += [f"# HELP policyd_{name} {about}", f"# TYPE policyd_{name} {kind}"]
+            if isinstance(value, collections.Counter):
+                lines += [f'policyd_{name}{{answer="{word}"}} {value[word]}' for word in ("DUNNO", "HOLD", "REJECT")]
+            else:
+                lines.append(f"policyd_{name} {value}")
+        return "\n".join([*lines, ""])
+
+    def publish(self) -> None:
+        """Once a minute, write the figures to a file, for node_exporter's textfile collector."""
+        path = self._started_with.state_file("policyd.prom")
+        complaint = ""
+        while True:
+            try:
+                replace_file(path, self.metrics())
+                complaint = ""
+            except OSError as error:
+                if complaint != str(error):
+                    complaint = str(error)
+                    log.warning(f"no file of figures: {complaint}")
+            if self._closing.wait(FIGURES_S):
+                return
+            self._policy.figures.turn_minute()
 
     def reload(self) -> None:
         """Read the settings again, whole or not at all."""
@@ -1733,7 +1959,7 @@ class Daemon:
             if changed:
                 log.warning(f"settings changed that need a restart: {', '.join(changed)}")
             self._policy.settings = new
-            self._recorder.rows = newest_rows(new)
+            self._recorder.scope = scope_of(new)
             log.info(f"settings read again: {self._settings_file or 'there is no file'}")
         notify("READY=1", f"STATUS={self.status()}")
 
@@ -1781,7 +2007,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings.from_file(settings_file) if settings_file else Settings()
         about = (
-            f"{settings.listens_on()}, quota {settings.defaultquota}, {open_repository(settings)},"
+            f"{settings.listens_on()}, quota {settings.defaultquota}{' (audit)' if settings.mode == 'audit' else ''},"
+            f" {open_repository(settings)},"
             f" settings: {settings_file or f'none, defaults (yours would go into {SETTINGS_FILE})'}"
         )
         if options.init_db:

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable
 
-from policyd import Event, Journal, Recorder, Repository, RepositoryUnavailable, SQLiteRepository
+from stores import WHOLE
 
-ROWS = 10**6  # no history here is longer
+from policyd import Event, Journal, Recorder, Repository, RepositoryUnavailable, Scope, SQLiteRepository
+
 PATIENCE_S = 20  # for what comes at once, unless the machine is very busy
 
 
@@ -50,8 +51,8 @@ class GatedRepository:
         assert self.gate.wait(PATIENCE_S)
         return self._store.insert(events, deadline, times)
 
-    def sum_recipients(self, events: Sequence[Event], rows: int, deadline: float) -> list[int]:
-        return self._store.sum_recipients(events, rows, deadline)
+    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[int]:
+        return self._store.sum_recipients(events, scope, deadline)
 
     def check(self, deadline: float) -> str:
         return self._store.check(deadline)
@@ -99,9 +100,9 @@ class BreakableRepository(SQLiteRepository):
             self._pass("replay")
         return super().insert(events, deadline, times)
 
-    def sum_recipients(self, events: Sequence[Event], rows: int, deadline: float) -> list[int]:
+    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[int]:
         self._pass("sum_recipients")
-        return super().sum_recipients(events, rows, deadline)
+        return super().sum_recipients(events, scope, deadline)
 
     def check(self, deadline: float) -> str:
         self.checks += 1
@@ -112,11 +113,16 @@ class BreakableRepository(SQLiteRepository):
 AWAY = frozenset(("insert", "sum_recipients", "check"))
 
 
+def is_well(recorder: Recorder) -> bool:
+    """Tell whether the store is there, and has all that the journal had."""
+    return recorder.down_s() is None and recorder.journaled == 0
+
+
 @contextlib.contextmanager
 def recording(repository: Repository, journal: Path | None = None) -> Iterator[Recorder]:
     """Run a Recorder, with this journal or with one of its own."""
     with tempfile.TemporaryDirectory() as directory:
-        recorder = Recorder(repository, Journal(str(journal or Path(directory, "journal.sqlite3"))), ROWS)
+        recorder = Recorder(repository, Journal(str(journal or Path(directory, "journal.sqlite3"))), WHOLE)
         recorder.start()
         try:
             yield recorder

@@ -624,12 +624,15 @@ mydestination =
 mynetworks =
 inet_interfaces = 127.0.0.1
 inet_protocols = ipv4
-# No name is ever looked up, no mail ever leaves: all of example.net is one maildir.
+# No name is ever looked up, no mail ever leaves: all of example.net is one maildir, and what is for
+# later.example.net waits in the deferred queue for ever.
 disable_dns_lookups = yes
 smtpd_peername_lookup = no
 default_transport = error:no mail leaves the tests
 relay_transport = error:no mail leaves the tests
-virtual_mailbox_domains = example.net
+virtual_mailbox_domains = example.net, later.example.net
+transport_maps = inline:{{ {{ later.example.net = later: }} }}
+defer_transports = later
 virtual_mailbox_base = {directory}/mail
 virtual_mailbox_maps = static:inbox/
 virtual_uid_maps = static:{uid}
@@ -650,6 +653,7 @@ POSTFIX_MASTER_CF = """
   -o {{ smtpd_end_of_data_restrictions = check_policy_service {{ {tcp}, timeout=10s, default_action=DUNNO }} }}
 127.0.0.1:{socket_port} inet n - n - - smtpd
   -o {{ smtpd_end_of_data_restrictions = check_policy_service {{ {unix}, timeout=10s, default_action=DUNNO }} }}
+pickup    unix  n - n 60 1 pickup
 cleanup   unix  n - n - 0 cleanup
 qmgr      unix  n - n 300 1 qmgr
 rewrite   unix  - - n - - trivial-rewrite
@@ -683,7 +687,8 @@ class Postfix:
     policyd is asked at DATA too; or at `socket_port`, where it is asked over the unix socket.
     """
 
-    login = "alice"
+    logins = ("alice", "boris", "carla@example.org")
+    login = logins[0]
     password = "alice's secret"
 
     def __init__(self) -> None:
@@ -691,6 +696,7 @@ class Postfix:
             pytest.exit("only root can start Postfix: run as root, or leave it out with -m 'not postfix'", returncode=1)
         self._postfix = program("postfix", "postfix")
         self._postqueue = program("postqueue", "postfix")
+        self._postsuper = program("postsuper", "postfix")
         self._postconf = program("postconf", "postfix")
         self._saslpasswd = program("saslpasswd2", "sasl2-bin libsasl2-modules")
         self.directory = temporary_directory()
@@ -701,7 +707,12 @@ class Postfix:
         """Write the configuration, start Postfix and wait until it greets."""
         self._make_directories()
         self._write_configuration()
-        self._add_login()
+        for login in self.logins:
+            self.add_login(login)
+        self.launch()
+
+    def launch(self) -> None:
+        """Start what is configured, also again, and wait until it greets."""
         self._run(self._postfix, "start")
         for port in (self.submission_port, self.data_port, self.socket_port):
             wait_until(partial(self._greets, port), f"Postfix greets on port {port}")
@@ -732,10 +743,12 @@ class Postfix:
         ):
             (self.directory / name).write_text(text.format(**values))
 
-    def _add_login(self) -> None:
+    def add_login(self, login: str) -> None:
+        """Let one more login in, with the password of all."""
         file = self.directory / "sasldb2"
+        user, _, realm = login.partition("@")
         subprocess.run(
-            [self._saslpasswd, "-p", "-c", "-f", str(file), "-u", "relay.example.org", self.login],
+            [self._saslpasswd, "-p", "-c", "-f", str(file), "-u", realm or "relay.example.org", user],
             input=self.password, text=True, check=True, timeout=60,
         )
         shutil.chown(file, "postfix")
@@ -766,18 +779,34 @@ class Postfix:
         return file.read_text() if file.exists() else ""
 
     @contextlib.contextmanager
-    def session(self, port: int | None = None, login: bool = True) -> Iterator[smtplib.SMTP]:
-        """An SMTP session, logged in unless told otherwise."""
+    def session(self, port: int | None = None, login: bool | str = True) -> Iterator[smtplib.SMTP]:
+        """An SMTP session, logged in unless told otherwise: as the first login, or as the one that is named."""
         with smtplib.SMTP("127.0.0.1", port or self.submission_port, timeout=60) as session:
             session.ehlo("client.example.org")
             if login:
-                session.login(self.login, self.password)
+                session.login(login if isinstance(login, str) else self.login, self.password)
             yield session
+
+    def queue(self) -> dict[str, str]:
+        """Return the id of each queued message, with the name of the queue it is in."""
+        listed = (json.loads(line) for line in self._run(self._postqueue, "-j").splitlines())
+        return {message["queue_id"]: message["queue_name"] for message in listed}
 
     def queue_name(self, queue_id: str) -> str | None:
         """Return the name of the queue a message is in, or None if it is in none of them."""
-        listed = (json.loads(line) for line in self._run(self._postqueue, "-j").splitlines())
-        return next((message["queue_name"] for message in listed if message["queue_id"] == queue_id), None)
+        return self.queue().get(queue_id)
+
+    def put_on_hold(self, queue_id: str) -> None:
+        """Hold a queued message, as a person does."""
+        self._run(self._postsuper, "-h", queue_id)
+
+    def delete(self, queue_id: str) -> None:
+        """Delete a queued message, or with `ALL` all of them."""
+        self._run(self._postsuper, "-d", queue_id)
+
+    def flush(self) -> None:
+        """Begin a queue run at once."""
+        self._run(self._postqueue, "-f")
 
     def delivered(self) -> list[str]:
         """Return the text of all messages in the maildir."""
@@ -787,15 +816,19 @@ class Postfix:
         """Stop Postfix, for sure, and remove all it wrote."""
         print(self.log)  # shown if the start failed
         try:
-            pid_file = self.directory / "queue" / "pid" / "master.pid"
-            if pid_file.exists():
-                self._stop(int(pid_file.read_text()))
+            self.stop()
         finally:
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _stop(self, master_pid: int) -> None:
+    def stop(self) -> None:
+        """Stop Postfix, for sure."""
+        pid_file = self.directory / "queue" / "pid" / "master.pid"
+        if not pid_file.exists():
+            return
+        master_pid = int(pid_file.read_text())
         try:
             self._run(self._postfix, "stop")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(master_pid, signal.SIGKILL)  # the master leads the process group of all its children
+            pid_file.unlink(missing_ok=True)

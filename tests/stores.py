@@ -19,9 +19,11 @@ from policyd import (
     CODECS,
     DAY_S,
     Event,
+    Journal,
     Log,
     MariaDBRepository,
     Repository,
+    Scope,
     Settings,
     SQLiteRepository,
     fit,
@@ -29,6 +31,7 @@ from policyd import (
 )
 
 EVERYTHING = 10**6  # rows to sum: more than any test has
+WHOLE = Scope(rows=EVERYTHING, own_rows={})
 Row = tuple[str, str, str, Union[int, None]]
 
 
@@ -37,10 +40,20 @@ def soon() -> float:
     return time.monotonic() + 30
 
 
+def sums(repository: Repository, events: Sequence[Event], rows: int = EVERYTHING) -> list[int]:
+    """Return the sums of events that have been inserted."""
+    return repository.sum_recipients(events, Scope(rows, {}), soon())
+
+
+def totals(journal: Journal, *logins: str) -> dict[str, int]:
+    """Return what the journal holds of each login."""
+    return journal.totals(logins, WHOLE)
+
+
 def count(repository: Repository, *events: Event, rows: int = EVERYTHING) -> list[int]:
     """Insert the events as one batch, as the Recorder does, and return their sums."""
     assert repository.insert(events, soon()) == set()
-    return repository.sum_recipients(events, rows, soon())
+    return sums(repository, events, rows)
 
 
 def event(login: str, recipients: int = 1, sender: str = "s@example.org", address: str = "192.0.2.1") -> Event:

@@ -19,7 +19,10 @@ KEYS = {field.name for field in dataclasses.fields(Settings)}
 NEED_RESTART = {field.name for field in dataclasses.fields(Settings) if field.metadata["restart"]}
 
 # These have no default, or one that depends on where policyd runs: the example shows what they look like.
-WITHOUT_DEFAULT = {"whitelist", "blacklist", "dbhost", "dbname", "dbuser", "statedir"}
+WITHOUT_DEFAULT = {
+    "always_allow", "blacklist", "dbhost", "dbname", "dbuser", "hold_message", "quota", "reject_message", "rejectquota",
+    "statedir", "whitelist",
+}
 # A db... setting counts only together with these.
 DATABASE = "dbname=policyd\ndbuser=policyd\n"
 

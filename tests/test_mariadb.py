@@ -16,6 +16,7 @@ import pytest
 from conftest import OLD_SCHEMA
 from servers import Database, MariaDB, Policyd, free_port, run_policyd, wait_until
 from stores import (
+    WHOLE,
     Door,
     KeptLog,
     MariaStore,
@@ -26,6 +27,7 @@ from stores import (
     session,
     sessions,
     soon,
+    sums,
     table_locked,
 )
 
@@ -213,7 +215,7 @@ def test_a_row_that_is_refused_keeps_no_other_from_being_counted(
     repository = maria_repository(database)
     assert repository.insert(batch, soon()) == {1}
     kept = [each for each in batch if each is not guilty]
-    assert repository.sum_recipients(kept, 1000, soon()) == [1, 3, 3]
+    assert sums(repository, kept) == [1, 3, 3]
     assert len(logged.errors()) == 1
     assert logged.errors()[0].startswith("ERROR while UPDATING db: ")
     assert logged.errors()[0].endswith("; not counted: bert/x@example.org/192.0.2.9/300")
@@ -311,7 +313,7 @@ def test_a_connection_that_the_server_closed_is_replaced_without_an_outage(datab
     kill_sessions(database)
     assert repository.insert([event("anna", 4)], soon()) == set()
     kill_sessions(database)
-    assert repository.sum_recipients([event("anna", 4)], 1000, soon()) == [7]
+    assert sums(repository, [event("anna", 4)]) == [7]
 
 
 def test_after_one_closed_connection_no_other_is_tried(database: Database) -> None:
@@ -371,7 +373,7 @@ def test_a_lost_race_against_another_transaction_is_run_again(database: Database
             cursor.execute("COMMIT")
         assert inserted.result() == set()
         assert database.query("SHOW GLOBAL STATUS LIKE 'Innodb_deadlocks'") > deadlocks
-        assert repository.sum_recipients([event("anna"), event("bert")], 1000, soon()) == [11, 12]
+        assert sums(repository, [event("anna"), event("bert")]) == [11, 12]
 
 
 def test_how_often_an_error_is_worth_a_retry() -> None:
@@ -423,7 +425,7 @@ def test_a_slow_statement_is_ended_by_the_server(database: Database, monkeypatch
     repository.check(soon())
     with table_locked(database):
         assert "1969" in unavailable(repository.insert, [event("anna", 100)], soon())
-        assert "1969" in unavailable(repository.sum_recipients, [event("anna", 100)], 1000, soon())
+        assert "1969" in unavailable(repository.sum_recipients, [event("anna", 100)], WHOLE, soon())
     assert count(repository, event("anna", 1)) == [1]
 
 
@@ -452,7 +454,7 @@ def test_a_dropped_table_is_an_outage_until_it_is_back(database: Database) -> No
     assert count(repository, event("anna", 1)) == [1]
     database.query("DROP TABLE events")
     assert "1146" in unavailable(repository.insert, [event("anna", 1)], soon())
-    assert "1146" in unavailable(repository.sum_recipients, [event("anna", 1)], 1000, soon())
+    assert "1146" in unavailable(repository.sum_recipients, [event("anna", 1)], WHOLE, soon())
     assert "there is no table events" in unavailable(repository.check, soon())
     database.query(OLD_SCHEMA)  # with the other columns
     repository.check(soon())
@@ -463,7 +465,7 @@ def test_a_dropped_index_is_an_outage_until_the_table_is_looked_at(database: Dat
     repository = maria_repository(database)
     assert count(repository, event("anna", 1)) == [1]
     database.query("ALTER TABLE events DROP KEY login_ts")
-    unavailable(repository.sum_recipients, [event("anna", 1)], 1000, soon())
+    unavailable(repository.sum_recipients, [event("anna", 1)], WHOLE, soon())
     repository.check(soon())
     assert count(repository, event("anna", 1)) == [2]
 

@@ -77,42 +77,44 @@ def send_for_ever(connection: socket.socket, data: bytes) -> NoReturn:
 
 # ---- recorded requests ----------------------------------------------------------------------------
 
+TO = "rcpt1@example.net"
+
 RECORDED = {
     "data-three-recipients": PolicyRequest(
-        "DATA", "4ad6.6b029793.ea86c.0", "EB9C920E042", "alice", "alice@example.org", "127.0.0.1", 3
+        "DATA", "4ad6.6b029793.ea86c.0", "EB9C920E042", "alice", "alice@example.org", "127.0.0.1", "", 3
     ),
     "end-of-message-login-with-domain-and-capitals": PolicyRequest(
         "END-OF-MESSAGE", "4ad6.6b029793.ee694.0", "EE7A920E042",
-        "Alice@EXAMPLE.ORG", "Alice@Example.ORG", "127.0.0.1", 1,
+        "Alice@EXAMPLE.ORG", "Alice@Example.ORG", "127.0.0.1", TO, 1,
     ),
     "end-of-message-null-sender": PolicyRequest(
-        "END-OF-MESSAGE", "4ad6.6b029793.ecedc.0", "ED0DA20E5F5", "alice", "", "127.0.0.1", 1
+        "END-OF-MESSAGE", "4ad6.6b029793.ecedc.0", "ED0DA20E5F5", "alice", "", "127.0.0.1", TO, 1
     ),
     "end-of-message-one-recipient": PolicyRequest(
-        "END-OF-MESSAGE", "4ad6.6b029793.e8713.0", "E9E6720E5F5", "alice", "alice@example.org", "127.0.0.1", 1
+        "END-OF-MESSAGE", "4ad6.6b029793.e8713.0", "E9E6720E5F5", "alice", "alice@example.org", "127.0.0.1", TO, 1
     ),
     "end-of-message-quoted-sender": PolicyRequest(
         "END-OF-MESSAGE", "4ad6.6b029793.ef234.0", "EF35620E042",
-        "alice", "o'brien \"x\" y=z@example.org", "127.0.0.1", 1,
+        "alice", "o'brien \"x\" y=z@example.org", "127.0.0.1", TO, 1,
     ),
     "end-of-message-smtputf8-sender": PolicyRequest(
         "END-OF-MESSAGE", "4ad6.6b029793.efc9e.0", "EFDDE20E042",
-        "alice", "jos\xe9@\u4f8b\u3048.example.org", "127.0.0.1", 1,
+        "alice", "jos\xe9@\u4f8b\u3048.example.org", "127.0.0.1", TO, 1,
     ),
     "end-of-message-starttls-two-recipients": PolicyRequest(
-        "END-OF-MESSAGE", "4ad6.6b029793.f13ee.0", "F150E20E042", "alice", "alice@example.org", "127.0.0.1", 2
+        "END-OF-MESSAGE", "4ad6.6b029793.f13ee.0", "F150E20E042", "alice", "alice@example.org", "127.0.0.1", "", 2
     ),
     "end-of-message-three-recipients": PolicyRequest(
-        "END-OF-MESSAGE", "4ad6.6b029793.ea86c.0", "EB9C920E042", "alice", "alice@example.org", "127.0.0.1", 3
+        "END-OF-MESSAGE", "4ad6.6b029793.ea86c.0", "EB9C920E042", "alice", "alice@example.org", "127.0.0.1", "", 3
     ),
     "end-of-message-unauthenticated": PolicyRequest(
-        "END-OF-MESSAGE", "4ad6.6b029793.edb0e.0", "EDCD120E042", "", "someone@example.org", "127.0.0.1", 1
+        "END-OF-MESSAGE", "4ad6.6b029793.edb0e.0", "EDCD120E042", "", "someone@example.org", "127.0.0.1", TO, 1
     ),
     "end-of-message-unnamed-client": PolicyRequest(
-        "END-OF-MESSAGE", "4ae3.6b029793.f3a4a.0", "F3BAC20E5F5", "alice", "alice@example.org", "127.0.0.9", 1
+        "END-OF-MESSAGE", "4ae3.6b029793.f3a4a.0", "F3BAC20E5F5", "alice", "alice@example.org", "127.0.0.9", TO, 1
     ),
     "rcpt-three-recipients": PolicyRequest(
-        "RCPT", "4ad6.6b029793.ea86c.0", "", "alice", "alice@example.org", "127.0.0.1", 0
+        "RCPT", "4ad6.6b029793.ea86c.0", "", "alice", "alice@example.org", "127.0.0.1", TO, 0
     ),
 }
 
@@ -256,7 +258,7 @@ def test_any_bytes_get_their_answers_and_then_the_end(daemon: Policyd, data: byt
 # ---- what a request says --------------------------------------------------------------------------
 
 TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0\n"))
-REQUESTS_OF_ANY_TEXT = st.builds(PolicyRequest, TEXT, TEXT, TEXT, TEXT, TEXT, TEXT, st.integers(0, 999_999))
+REQUESTS_OF_ANY_TEXT = st.builds(PolicyRequest, *[TEXT] * 7, st.integers(0, 999_999))
 
 
 @given(REQUESTS_OF_ANY_TEXT)
@@ -293,7 +295,7 @@ def test_of_an_attribute_given_twice_the_last_one_counts() -> None:
 
 def test_attributes_may_come_in_any_order_and_unknown_ones_are_ignored() -> None:
     request = parse(b"recipient_count=000012\nfuture_attribute=1\nsasl_username=anna\n" + HEAD + b"\n")
-    assert request == PolicyRequest("", "", "", "anna", "", "", 12)
+    assert request == PolicyRequest("", "", "", "anna", "", "", "", 12)
 
 
 def test_without_a_recipient_count_nothing_is_counted_and_the_log_says_so_once(policyd: Start) -> None:

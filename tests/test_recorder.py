@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from recorders import PATIENCE_S, FaultyRepository, GatedRepository, Waiter, recording, shut, written_by_another
+from recorders import (
+    PATIENCE_S,
+    FaultyRepository,
+    GatedRepository,
+    Waiter,
+    is_well,
+    recording,
+    shut,
+    written_by_another,
+)
 from servers import Database, wait_until
 from stores import KeptLog, SQLiteStore, event, maria_repository
 
@@ -17,7 +26,6 @@ from policyd import (
     BATCH_EVENTS,
     DAY_S,
     FIRST_PURGE_S,
-    KEEP_DAYS,
     RETRY_PURGE_S,
     Event,
     Journal,
@@ -103,7 +111,7 @@ def test_one_refused_event_of_a_batch_is_answered_without_a_sum(database: Databa
             counts = [1, 300, 2, 3, 300, 4]
             waiters = [Waiter(recorder, event("anna", n, sender=str(at))) for at, n in enumerate(counts)]
         assert [waiter.sum() for waiter in waiters] == [1, None, 3, 6, None, 10]
-        assert recorder.state() == "up"
+        assert is_well(recorder)
     assert len(logged.errors()) == 2
 
 
@@ -114,7 +122,7 @@ def test_an_event_that_is_refused_alone_is_answered(store: SQLiteStore) -> None:
 
     with recording(Refusing(store.repository)) as recorder:
         assert Waiter(recorder, event("anna")).sum() is None
-        assert recorder.state() == "up"
+        assert is_well(recorder)
 
 
 def test_the_wait_of_the_batch_at_work_can_be_watched(store: SQLiteStore) -> None:
@@ -210,7 +218,7 @@ def test_a_fault_while_a_store_is_looked_for_does_not_end_the_search(
             assert Waiter(recorder, event("anna")).sum() == 2
             wait_until(lambda: repository.faults > 1, "it is looked for again and again")
         repository.is_mended = True
-        wait_until(lambda: recorder.state() == "up", "the outage ends")
+        wait_until(lambda: is_well(recorder), "the outage ends")
         assert Waiter(recorder, event("anna")).sum() == 3
 
 
@@ -232,19 +240,19 @@ class Days(threading.Event):
 
 
 def test_old_events_are_purged_soon_after_the_start_and_then_every_day(store: SQLiteStore, logged: KeptLog) -> None:
-    store.add([("anna", "", "", 1)] * 3, age_s=KEEP_DAYS * DAY_S + 60)
-    store.add([("anna", "", "", 2)], age_s=KEEP_DAYS * DAY_S - 60)
+    store.add([("anna", "", "", 1)] * 3, age_s=3 * DAY_S + 60)
+    store.add([("anna", "", "", 2)], age_s=3 * DAY_S - 60)
     days = Days(2)
-    purge_daily(store.repository, days)
+    purge_daily(store.repository, lambda: 3, days)
     assert [row[3] for row in store.rows()] == [2]
     assert days.waited == [FIRST_PURGE_S, DAY_S, DAY_S]
     assert [line.text for line in logged.lines] == [
-        f"purged {number} events older than {KEEP_DAYS} days" for number in (3, 0)
+        f"purged {number} events older than 3 days" for number in (3, 0)
     ]
 
 
 def test_a_purge_that_fails_is_tried_again_within_the_day(tmp_path: Path, logged: KeptLog) -> None:
     days = Days(1)
-    purge_daily(SQLiteRepository(str(tmp_path / "missing" / "events.sqlite3")), days)
+    purge_daily(SQLiteRepository(str(tmp_path / "missing" / "events.sqlite3")), lambda: 7, days)
     assert days.waited == [FIRST_PURGE_S, RETRY_PURGE_S]
     assert [line.level for line in logged.lines] == ["warning"]

@@ -5,9 +5,15 @@ from __future__ import annotations
 import re
 import signal
 import threading
-from typing import Callable
+from pathlib import Path
+from typing import Any, Callable
 
-from servers import Policyd, free_port, read_answer, request_bytes
+import pytest
+from daemons import running_here
+from servers import Policyd, free_port, read_answer, request_bytes, wait_until
+from stores import KeptLog, SQLiteStore
+
+from policyd import DAY_S, Settings, purge_daily
 
 Start = Callable[..., Policyd]
 
@@ -60,6 +66,126 @@ def test_new_lists_and_office_hours_apply_to_the_next_message(policyd: Start) ->
     daemon.write_settings(defaultquota=1, whitelist="alice", whitelist_days="1-7", whitelist_hours="0-0")
     reload(daemon)
     assert daemon.ask() == "HOLD quota exceeded"
+
+
+REACHES_10 = {"sasl_username": "alice", "recipient_count": 10}
+IS_LISTED = {"sasl_username": "phished"}
+TO_THE_HELPDESK = {"sasl_username": "phished", "recipient": "helpdesk@example.org"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message", "answers"),
+    [
+        ({}, {"mode": "audit"}, REACHES_10, ("HOLD quota exceeded", "DUNNO")),
+        ({"mode": "audit"}, {}, REACHES_10, ("DUNNO", "REJECT max quota exceeded")),
+        ({}, {"mode": "audit"}, IS_LISTED, ("HOLD blacklisted", "DUNNO")),
+        ({}, {"quota": "alice:unlimited"}, REACHES_10, ("HOLD quota exceeded", "DUNNO")),
+        ({"quota": ["bert:5", "alice:5"]}, {"quota": "bert:5"}, REACHES_10, (*["REJECT max quota exceeded"] * 2,)),
+        ({"quota": "alice:100"}, {"quota": "alice:15"}, REACHES_10, ("DUNNO", "HOLD quota exceeded")),
+        ({"quota": "alice:100"}, {}, REACHES_10, ("DUNNO", "REJECT max quota exceeded")),
+        ({}, {"rejectquota": 25}, REACHES_10, ("HOLD quota exceeded", "HOLD quota exceeded")),
+        ({"rejectquota": 10}, {"rejectquota": 25}, REACHES_10, ("REJECT max quota exceeded", "HOLD quota exceeded")),
+        (
+            {"hold_message": "ask Anna"},
+            {"hold_message": "ask Bert", "defaultquota": 15},
+            REACHES_10,
+            ("HOLD quota exceeded; ask Anna", "HOLD quota exceeded; ask Bert"),
+        ),
+        ({}, {"hold_message": "ask Bert"}, IS_LISTED, ("HOLD blacklisted", "HOLD blacklisted; ask Bert")),
+        (
+            {"rejectquota": 10, "reject_message": "ask Anna"},
+            {},
+            REACHES_10,
+            ("REJECT max quota exceeded; ask Anna", "REJECT max quota exceeded"),
+        ),
+        ({}, {"always_allow": "helpdesk@example.org"}, TO_THE_HELPDESK, ("HOLD blacklisted", "DUNNO")),
+        ({"always_allow": "helpdesk@example.org"}, {}, TO_THE_HELPDESK, ("DUNNO", "HOLD blacklisted")),
+    ],
+    ids=str,
+)
+def test_what_a_site_changes_of_the_rule_applies_to_the_next_message(
+    policyd: Start, before: dict[str, Any], after: dict[str, Any], message: dict[str, object], answers: tuple[str, str]
+) -> None:
+    """The second message counts on top of the first one, whatever became of that."""
+    always = {"defaultquota": 10, "blacklist": "phished"}
+    daemon = policyd(**{**always, **before})
+    assert daemon.ask(**message) == answers[0]
+    daemon.write_settings(**{**always, **after})
+    reload(daemon)
+    assert daemon.ask(**message) == answers[1]
+
+
+def test_a_higher_quota_of_its_own_sums_as_far_as_it_needs(policyd: Start) -> None:
+    daemon = policyd(defaultquota=1)
+    SQLiteStore(daemon.statedir / "events.sqlite3").add([("alice", "", "", 1)] * 500, age_s=60)
+    assert daemon.ask() == "REJECT max quota exceeded"
+    daemon.write_settings(defaultquota=1, quota="alice:503")
+    reload(daemon)
+    assert daemon.ask() == "DUNNO"
+    assert daemon.ask() == "HOLD quota exceeded"
+    daemon.wait_for_log("DEFERRING overquota (503>503) for user alice")
+
+
+def test_a_mistake_in_a_quota_is_logged_and_the_old_quotas_stay(policyd: Start) -> None:
+    daemon = policyd(quota=["alice:5", "bert:unlimited"])
+    number = 1 + daemon.settings_file.read_text().splitlines().index("quota=bert:unlimited")
+    daemon.write_settings(quota=["alice:100", "Alice@example.org:200"])
+    reload(daemon)
+    assert logged(daemon)[-1] == (
+        "err",
+        f"{daemon.settings_file}:{number}: alice has a quota= already; keep one of them;"
+        " going on with the old settings",
+    )
+    assert daemon.ask(recipient_count=5) == "HOLD quota exceeded"
+    assert daemon.ask(sasl_username="bert", recipient_count=5000) == "DUNNO"
+
+
+class OnePurge(threading.Event):
+    """The time until the daemon ends, in which it purges once."""
+
+    waits = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits += 1
+        return self.waits > 1
+
+
+def test_a_new_keep_days_applies_to_the_next_purge(
+    tmp_path: Path, logged: KeptLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same daemon: the purge asks for it each time."""
+    purges: list[Any] = []
+    monkeypatch.setattr("policyd.purge_daily", lambda *arguments: purges.append(arguments))
+    file = tmp_path / "policyd.cfg"
+    rest = f"port={free_port()}\nstatedir={tmp_path}\n"
+    file.write_text(f"{rest}keep_days=5\n")
+    store = SQLiteStore(tmp_path / "events.sqlite3")
+    for days in (1, 2, 3, 4, 5, 6, 7, 8):
+        store.add([("anna", "", "", days)], age_s=days * DAY_S - 60)
+    with running_here(file) as here:
+        wait_until(lambda: purges, "the thread that purges is there")
+        repository, keep_days, _ = purges[0]
+        for setting, kept in [("keep_days=5\n", 5), ("keep_days=3\n", 3), ("keep_days=1\n", 3), ("keep_days=2\n", 2)]:
+            file.write_text(f"{rest}{setting}")
+            lines = len(logged.lines)
+            here.signal(signal.SIGHUP)
+            wait_until(lambda lines=lines: len(logged.lines) > lines, "the settings are read again")
+            purge_daily(repository, keep_days, OnePurge())
+            assert [row[3] for row in store.rows()] == list(range(kept, 0, -1))
+    assert [line.text for line in logged.lines if line.text.startswith("purged")] == [
+        "purged 3 events older than 5 days",
+        "purged 2 events older than 3 days",
+        "purged 0 events older than 3 days",
+        "purged 1 events older than 2 days",
+    ]
+
+
+def test_without_keep_days_a_week_is_kept(tmp_path: Path, logged: KeptLog) -> None:
+    store = SQLiteStore(tmp_path / "events.sqlite3")
+    for days in (6, 7, 8):
+        store.add([("anna", "", "", days)], age_s=days * DAY_S - 60)
+    purge_daily(store.repository, lambda: Settings().keep_days, OnePurge())
+    assert [row[3] for row in store.rows()] == [7, 6]
 
 
 def test_whole_logins_apply_to_the_next_message(policyd: Start) -> None:

@@ -11,6 +11,7 @@ from typing import Callable
 
 import pytest
 from servers import START_TIMEOUT_S, Policyd, policyd_factory, read_answer, request_bytes
+from stores import WHOLE, sums
 
 import policyd as module
 from policyd import Event, Journal, Policy, PolicyServer, RecentAnswers, Recorder, Settings, SQLiteRepository
@@ -133,7 +134,7 @@ def test_a_repetition_waits_while_the_first_one_is_still_being_counted(
     monkeypatch.setattr(module, "log", module.Log())
     module.log.start(to_stderr=True)
     repository = SlowRepository(str(tmp_path / "events.sqlite3"))
-    recorder = Recorder(repository, Journal(str(tmp_path / "journal.sqlite3")), rows=1000)
+    recorder = Recorder(repository, Journal(str(tmp_path / "journal.sqlite3")), WHOLE)
     recorder.start()
     policy = Policy(Settings(defaultquota=2), recorder)
     request = request_bytes(sasl_username="twice")
@@ -153,9 +154,7 @@ def test_a_repetition_waits_while_the_first_one_is_still_being_counted(
     module.log.stop()
     lines = [line.partition(": ")[2] for line in capfd.readouterr().err.splitlines()]
     assert lines == ["Updating db: twice/alice@example.org/192.0.2.1/1/1"]
-    assert SQLiteRepository(str(tmp_path / "events.sqlite3")).sum_recipients(
-        [Event("twice", "", "", 0)], rows=1000, deadline=0
-    ) == [1]
+    assert sums(SQLiteRepository(str(tmp_path / "events.sqlite3")), [Event("twice", "", "", 0)]) == [1]
 
 
 def test_the_last_10_000_answers_are_remembered() -> None:
@@ -178,7 +177,7 @@ class BrokenRecorder:
 def test_after_a_fault_of_ours_nobody_waits_for_the_answer() -> None:
     """Mail flows, and a repetition is answered too."""
     policy = Policy(Settings(), BrokenRecorder())  # type: ignore[arg-type]
-    request = module.PolicyRequest("END-OF-MESSAGE", "1.2.3", "4Xk", "anna", "anna@x", "192.0.2.1", 1)
+    request = module.PolicyRequest("END-OF-MESSAGE", "1.2.3", "4Xk", "anna", "anna@x", "192.0.2.1", "", 1)
     replies: list[str] = []
     with pytest.raises(RuntimeError):
         policy.answer(request, "127.0.0.1", replies.append)

@@ -23,9 +23,10 @@ from stores import (
     event,
     maria_repository,
     soon,
+    sums,
 )
 
-from policyd import BATCH_EVENTS, DAY_S, Event, Settings, SQLiteRepository, decide, newest_rows
+from policyd import BATCH_EVENTS, DAY_S, Event, Settings, SQLiteRepository, decide, scope_of
 
 STORES = [
     pytest.param("sqlite", id="SQLite"),
@@ -178,8 +179,8 @@ def test_logins_that_a_collation_takes_for_equal_stay_apart(store: Store) -> Non
     batch = [event(login, 300 + n, sender=str(n)) for n, login in enumerate(logins)]
     assert count(store.repository, *batch) == [300 + n + 2**n for n in range(len(logins))]
     if has_index(store):  # now as long histories, of which the newest row is enough
-        store.repository.sum_recipients(batch, 1, soon())
-        assert store.repository.sum_recipients(batch, 1, soon()) == [300 + n for n in range(len(logins))]
+        sums(store.repository, batch, 1)
+        assert sums(store.repository, batch, 1) == [300 + n for n in range(len(logins))]
 
 
 def test_logins_that_a_table_cannot_spell_stay_apart(store: Store) -> None:
@@ -231,7 +232,7 @@ def test_a_bounded_sum_never_changes_an_answer(
     store: Store, quota: int, history: list[Run], shape: list[tuple[int, int]], mixed: random.Random
 ) -> None:
     store.clear()
-    rows = newest_rows(Settings(defaultquota=quota))
+    rows = scope_of(Settings(defaultquota=quota)).rows
     counts = [run.recipients for run in history for _ in range(run.length)]
     if counts:
         store.add([("anna", "", "", recipients) for recipients in counts], age_s=60)
@@ -248,9 +249,9 @@ def test_a_bounded_sum_never_changes_an_answer(
         exact.append(reached[each.sasl_username])
     answers = [decide(recipients, quota, 2 * quota) for recipients in exact]
     for _ in range(2):  # that a history is long is known from the first time on
-        sums = store.repository.sum_recipients(batch, rows, soon())
-        assert [decide(recipients, quota, 2 * quota) for recipients in sums] == answers
-        assert all(low <= high for low, high in zip(sums, exact))
+        found = sums(store.repository, batch, rows)
+        assert [decide(recipients, quota, 2 * quota) for recipients in found] == answers
+        assert all(low <= high for low, high in zip(found, exact))
 
 
 def test_a_long_history_is_summed_no_further_than_it_matters(store: Store) -> None:
@@ -264,11 +265,11 @@ def test_a_long_history_is_summed_no_further_than_it_matters(store: Store) -> No
 def test_the_sum_of_a_history_that_is_short_again_is_exact_again(store: Store) -> None:
     store.add([("anna", "", "", 1)] * 50, age_s=60)
     for _ in range(2):
-        assert store.repository.sum_recipients([event("anna", 1)], 10, soon())[0] >= 10
+        assert sums(store.repository, [event("anna", 1)], 10)[0] >= 10
     store.clear()
     store.add([("anna", "", "", 7), ("anna", "", "", None), ("anna", "", "", 70)], age_s=60)
     for _ in range(3):
-        assert store.repository.sum_recipients([event("anna", 7)], 10, soon()) == [77]
+        assert sums(store.repository, [event("anna", 7)], 10) == [77]
 
 
 # --- keeping house ---

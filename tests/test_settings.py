@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Callable
@@ -13,14 +14,11 @@ from hypothesis import settings as hypothesis_settings
 from servers import ROOT, Database, Policyd, free_port, run_policyd
 
 import policyd as module
-from policyd import Settings, SettingsError
+from policyd import NEVER, Settings, SettingsError
 
 Start = Callable[..., Policyd]
 
-ALL_KEYS = (
-    "bind, port, max_connections, defaultquota, strip_domain, whitelist, blacklist, whitelist_days, whitelist_hours,"
-    " dbhost, dbport, dbname, dbuser, dbpass, policy_table, statedir"
-)
+ALL_KEYS = ", ".join(field.name for field in dataclasses.fields(Settings))
 DATABASE = b"dbname=policyd\ndbuser=policyd\n"
 
 
@@ -156,6 +154,69 @@ def test_yes_and_no_in_any_case(file: Path, text: str, expected: bool) -> None:
     assert read(file, f"strip_domain={text}").strip_domain is expected
 
 
+@pytest.mark.parametrize(("text", "mode"), [("enforce", "enforce"), ("audit", "audit"), ("Audit", "audit")])
+def test_the_mode_is_enforce_or_audit_in_any_case(file: Path, text: str, mode: str) -> None:
+    assert read(file, f"mode={text}").mode == mode
+
+
+def test_without_settings_of_the_rule_it_is_the_old_one(file: Path) -> None:
+    settings = read(file, b"")
+    assert (settings.mode, settings.keep_days, settings.always_allow) == ("enforce", 7, frozenset())
+    assert (settings.hold_message, settings.reject_message) == ("", "")
+    assert tuple(settings.limits_of("anna"))[:2] == (1500, 3000)
+
+
+LIMITS = {
+    "defaultquota=10": (10, 20),
+    "defaultquota=10\nrejectquota=15": (10, 15),
+    "rejectquota=15\ndefaultquota=10": (10, 15),
+    "rejectquota=1501": (1500, 1501),
+    "defaultquota=10\nrejectquota=10": (10, 10),
+    "defaultquota=999999999\nrejectquota=999999999": (999_999_999, 999_999_999),
+    "quota=anna:5": (5, 10),
+    "quota=anna:5\ndefaultquota=10\nrejectquota=11": (5, 10),
+    "quota=anna:1": (1, 2),
+    "quota=anna:0": (0, NEVER),
+    "quota=anna:unlimited": (NEVER, NEVER),
+    "quota=anna:Unlimited": (NEVER, NEVER),
+    "quota=anna:007": (7, 14),
+    "quota=anna:999999999": (999_999_999, 1_999_999_998),
+    "quota = anna:5 ": (5, 10),
+    "quota=Anna:5": (5, 10),
+    "quota=Anna@Example.ORG:5": (5, 10),
+    "quota=anna@example.org:5\nstrip_domain=yes": (5, 10),
+    "quota=bert:1\nquota=anna:5\nquota=carl:2": (5, 10),
+    "defaultquota=10\nquota=bert:5": (10, 20),
+    "defaultquota=10\nquota=anna2:5\nquota=ann:5\nquota=anna.b@example.org:5": (10, 20),
+    "defaultquota=10\nquota=anna@example.org:5\nstrip_domain=no": (10, 20),
+    "quota=anna@example.org:5\nquota=anna:6\nquota=anna@example.net:7\nstrip_domain=no": (6, 12),
+}
+
+
+@pytest.mark.parametrize("content", LIMITS, ids=ascii)
+def test_a_login_is_held_and_refused_from_these_sums_on(file: Path, content: str) -> None:
+    assert tuple(read(file, content).limits_of("anna"))[:2] == LIMITS[content]
+
+
+@pytest.mark.parametrize("login", ["a:b", "josé", "é@b", "anna.b-c_d+e", "12345", "unlimited", "'\"$(x)`"])
+def test_a_quota_may_be_of_any_login_without_spaces(file: Path, login: str) -> None:
+    settings = read(file, f"strip_domain=no\nquota={login}:5")
+    assert tuple(settings.limits_of(login))[:2] == (5, 10)
+    assert set(settings.quota) == {login}
+
+
+def test_a_message_is_taken_as_it_is_written_up_to_200_characters(file: Path) -> None:
+    text = "See \"https://help.example.org/?a=b#c\"; 100 % of <you>, $(too) ${x} \\ '"
+    text += "." * (200 - len(text))
+    settings = read(file, f"hold_message={text}\nreject_message = {text} \n")
+    assert (settings.hold_message, settings.reject_message) == (text, text)
+
+
+def test_addresses_are_lower_cased(file: Path) -> None:
+    content = "always_allow=HelpDesk@Example.ORG\nalways_allow=a+b@c\nalways_allow=helpdesk@example.org"
+    assert read(file, content).always_allow == {"helpdesk@example.org", "a+b@c"}
+
+
 # ---- where the files are --------------------------------------------------------------------------
 
 
@@ -183,6 +244,9 @@ def test_the_place_of_the_files_is_var_lib_if_writable_else_here(
 # ---- mistakes -------------------------------------------------------------------------------------
 
 NO_NETWORK = "not a network; give ADDRESS/PREFIX, for example 192.0.2.0/24 or 2001:db8::/32"
+NO_QUOTA = "give LOGIN:N or LOGIN:unlimited, for example newsletter:20000"
+NO_MESSAGE = "give at most 200 characters, all of them ASCII"
+NO_ADDRESS = "give a mail address, for example helpdesk@example.org"
 MISTAKES = {
     "unknown key, nearly right": (
         "port=9093\ndefault_quota=10", "2: unknown setting default_quota; did you mean defaultquota=?"
@@ -207,6 +271,59 @@ MISTAKES = {
     "number too large": ("dbport=65536", "1: dbport=65536: give a number from 1 to 65535, digits only"),
     "quota of nothing": ("defaultquota=0", "1: defaultquota=0: give a number from 1 to 999999999, digits only"),
     "neither yes nor no": ("strip_domain=1", "1: strip_domain=1: give yes or no"),
+    "mode": ("mode=dry-run", "1: mode=dry-run: give enforce or audit"),
+    "quota of a login, without the login": ("quota=20000", f"1: quota=20000: {NO_QUOTA}"),
+    "quota of a login that is empty": ("quota=:5", f"1: quota=:5: {NO_QUOTA}"),
+    "quota of a login, without the number": ("quota=anna", f"1: quota=anna: {NO_QUOTA}"),
+    "quota of a login, number empty": ("quota=anna:", f"1: quota=anna:: {NO_QUOTA}"),
+    "quota of a login, number negative": ("quota=anna:-1", f"1: quota=anna:-1: {NO_QUOTA}"),
+    "quota of a login, number too large": ("quota=anna:1000000000", f"1: quota=anna:1000000000: {NO_QUOTA}"),
+    "quota of a login, number with a point": ("quota=anna:1.500", f"1: quota=anna:1.500: {NO_QUOTA}"),
+    "quota of a login, number in other digits": ("quota=anna:\u0665", rf"1: quota=anna:\u0665: {NO_QUOTA}"),
+    "quota of a login, with spaces": ("quota=anna : 5", f"1: quota=anna : 5: {NO_QUOTA}"),
+    "quota of two logins": ("quota=anna:5 bert:6", f"1: quota=anna:5 bert:6: {NO_QUOTA}"),
+    "quota of a login, with a comment": ("quota=anna:5 # why", f"1: quota=anna:5 # why: {NO_QUOTA}"),
+    "quota of a login with =": ("quota=anna=5", f"1: quota=anna=5: {NO_QUOTA}"),
+    "quota of a login twice": (
+        "quota=anna:5\nquota=bert:5\n\nquota=anna:6", "4: anna has a quota= already; keep one of them"
+    ),
+    "quota of a login twice, with capitals": (
+        "quota=anna:5\nquota=ANNA:6", "2: anna has a quota= already; keep one of them"
+    ),
+    "quota of a login twice, with its domain": (
+        "quota=Anna@example.org:5\nquota=anna@example.net:5\n", "2: anna has a quota= already; keep one of them"
+    ),
+    "quota of a login twice, not ASCII": (
+        "quota=jos\xe9:5\nquota=jos\xe9:6\n", r"2: jos\xe9 has a quota= already; keep one of them"
+    ),
+    "quota of a login and its domain twice": (
+        "strip_domain=no\nquota=anna@a:5\nquota=anna@b:5\nquota=anna@a:unlimited",
+        "4: anna@a has a quota= already; keep one of them",
+    ),
+    "rejectquota of nothing": ("rejectquota=0", "1: rejectquota=0: give a number from 1 to 999999999, digits only"),
+    "rejectquota below defaultquota": (
+        "rejectquota=9\n\ndefaultquota=10",
+        "1: rejectquota=9 is below defaultquota=10; mail is held first, then refused",
+    ),
+    "rejectquota below the default of defaultquota": (
+        "# one\nrejectquota=1499", "2: rejectquota=1499 is below defaultquota=1500; mail is held first, then refused"
+    ),
+    "message not ASCII": ("hold_message=caf\xe9", rf"1: hold_message=caf\xe9: {NO_MESSAGE}"),
+    "message too long": ("reject_message=" + "x" * 201, f"1: reject_message={'x' * 201}: {NO_MESSAGE}"),
+    "message of two lines": (
+        "hold_message=a\rb", "1: hold_message= has a control character or is not UTF-8; type it again"
+    ),
+    "message that is empty": ("hold_message=", "1: hold_message= has no value; give one, or remove the line"),
+    "message twice": (
+        "reject_message=a\nreject_message=b",
+        "2: reject_message= was given in line 1 already; keep one of them",
+    ),
+    "address without a domain": ("always_allow=helpdesk", f"1: always_allow=helpdesk: {NO_ADDRESS}"),
+    "address without a name": ("always_allow=@example.org", f"1: always_allow=@example.org: {NO_ADDRESS}"),
+    "address with two domains": ("always_allow=a@b@c", f"1: always_allow=a@b@c: {NO_ADDRESS}"),
+    "two addresses": ("always_allow=a@b, c@d", f"1: always_allow=a@b, c@d: {NO_ADDRESS}"),
+    "days that are too few": ("keep_days=1", "1: keep_days=1: give a number from 2 to 36500, digits only"),
+    "days with their unit": ("keep_days=7d", "1: keep_days=7d: give a number from 2 to 36500, digits only"),
     "no range": ("whitelist_days=Mon-Fri", "1: whitelist_days=Mon-Fri: give FROM-TO between 1 and 7, for example 1-5"),
     "range beyond": ("whitelist_days=0-5", "1: whitelist_days=0-5: give FROM-TO between 1 and 7, for example 1-5"),
     "range backwards": (
@@ -359,6 +476,8 @@ def test_a_change_that_needs_a_restart_is_told_from_one_that_does_not(file: Path
     old = Settings()
     applied = read(file, "defaultquota=1\nstrip_domain=no\nwhitelist=a\nblacklist=b\nwhitelist_hours=0-24\n")
     assert old.differences(applied) == []
+    rule = "mode=audit\nquota=a:1\nrejectquota=2000\nhold_message=x\nreject_message=x\nalways_allow=a@b\nkeep_days=2"
+    assert old.differences(read(file, rule)) == []
     restart = read(file, DATABASE + b"bind=::1\nport=1\ndbport=1\ndbpass=x\npolicy_table=x\nstatedir=/x\n")
     assert old.differences(restart) == [
         "bind", "port", "dbhost", "dbport", "dbname", "dbuser", "dbpass", "policy_table", "statedir"
