@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shutil
 import socket
-import sqlite3
 import stat
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import pytest
-from servers import ROOT, Database, MariaDB, Policyd, free_port, program, temporary_directory
+import scripting
+from scripting import (
+    COMMON,
+    DAY_S,
+    NOBODY,
+    SCRIPTS,
+    STORES,
+    STRANGE_LOGIN,
+    STRANGE_LOGIN_SHOWN,
+    Entry,
+    Store,
+    copy_scripts,
+    directory_of_programs,
+    fill_mariadb,
+    fill_store,
+    make_store,
+    printed,
+    refusal,
+    settings_file,
+)
+from servers import Database, MariaDB, Policyd, free_port, program, temporary_directory
 
-import policyd as daemon
-
-TOP20 = ROOT / "scripts" / "policyd-top20.sh"
-DAY_S = 86_400
-NOBODY = 65534
-
-
-class Entry(NamedTuple):
-    """One row to count: how long ago, who, how many."""
-
-    age_s: float
-    login: str
-    recipients: int | None
-
+TOP20 = SCRIPTS / "policyd-top20.sh"
+PROGRAMS = ("awk", "cat", "od", "readlink", "sed", "tr")
 
 # Of 25 logins the last five miss the twenty; "early" is of this week, "gone" of the week before.
 ENTRIES = [
@@ -49,76 +56,41 @@ OF_7_DAYS = [
     *((f"user{number:02}", 100 - number, 1) for number in range(17)),
 ]  # fmt: skip
 
-STRANGE_LOGIN = "\x1b]0;owned\x07\u009b31m\t\n\\é"
-STRANGE_LOGIN_SHOWN = r"\x1b]0;owned\x07\xc2\x9b31m\x09\x0a\x5c\xc3\xa9"
+
+def run(*arguments: object, script: Path = TOP20, **how: object) -> subprocess.CompletedProcess[str]:
+    return scripting.run(script, *arguments, **how)  # type: ignore[arg-type]
 
 
-def fill_mariadb(database: Database, entries: list[Entry]) -> None:
-    for number, entry in enumerate(entries):
-        database.query(
-            "INSERT INTO events (ts, sasl_username, sender, client_address, recipient_count)"
-            " VALUES (CURRENT_TIMESTAMP(3) - INTERVAL %s SECOND, %s, %s, '192.0.2.1', %s)",
-            (entry.age_s, entry.login, f"{number}@example.org", entry.recipients),
-        )
-
-
-def fill_store(directory: Path, entries: list[Entry]) -> Path:
-    """Make the embedded store as policyd does."""
-    store = directory / "events.sqlite3"
-    connection = sqlite3.connect(store)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.executescript(daemon.SQLiteRepository.SCHEMA)
-    connection.executemany(
-        "INSERT INTO events (ts, sasl_username, sender, client_address, recipient_count)"
-        " VALUES (?, ?, 'anna@example.org', '192.0.2.1', ?)",
-        [(int((time.time() - entry.age_s) * 1000), entry.login, entry.recipients) for entry in entries],
-    )
-    connection.commit()
-    connection.close()
-    return store
-
-
-def settings_file(directory: Path, settings: dict[str, str]) -> Path:
-    path = directory / "policyd.cfg"
-    path.write_text("".join(f"{key}={value}\n" for key, value in settings.items()), encoding="utf-8")
-    return path
-
-
-def run(
-    *arguments: object,
-    shell: str = "sh",
-    script: Path = TOP20,
-    cwd: Path | None = None,
-    environment: dict[str, str] | None = None,
-    user: int | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """Run the script as this user, or as another one who is in no group."""
-    return subprocess.run(
-        [program(shell, shell), str(script), *map(str, arguments)],
-        cwd=cwd, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=60, user=user, group=user, extra_groups=None if user is None else [],
-    )  # fmt: skip
+def lines_of(result: subprocess.CompletedProcess[str]) -> list[list[str]]:
+    """Return the words of each line of the table."""
+    heading, where, *rest = printed(result).splitlines()
+    assert re.match(r"The (twenty|\d+) logins with the most recipients of the last ", heading)
+    assert (where[0], where[-1]) == ("(", ")")
+    columns, *lines = rest[rest.index("") + 1 :]
+    assert columns.split()[:5] == ["rank", "login", "recipients", "messages", "clients"]
+    return [line.split() for line in lines]
 
 
 def ranking(result: subprocess.CompletedProcess[str]) -> list[tuple[str, int, int]]:
     """Return the lines of the table as (login, recipients, messages), in their order."""
-    assert (result.returncode, result.stderr) == (0, ""), result
-    heading, where, empty, columns, *lines = result.stdout.splitlines()
-    assert heading.startswith("The twenty logins with the most recipients of the last ")
-    assert (where[0], where[-1], empty) == ("(", ")", "")
-    assert columns.split() == ["rank", "recipients", "messages", "login"]
-    rows = [line.split(None, 3) for line in lines]
+    rows = lines_of(result)
     assert [int(row[0]) for row in rows] == list(range(1, len(rows) + 1))
-    return [(login, int(recipients), int(messages)) for _, recipients, messages, login in rows]
+    return [(row[1], int(row[2]), int(row[3])) for row in rows]
 
 
-def refusal(result: subprocess.CompletedProcess[str]) -> str:
-    """Return the one line that says why there is no table."""
-    assert result.returncode == 1, result
-    assert result.stdout == "", result
-    line = re.fullmatch(r"policyd-top20\.sh: (.+)\n", result.stderr)
-    assert line, result
-    return line[1]
+def table(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """Return share and state of each login."""
+    return {row[1]: " ".join(row[5:]) for row in lines_of(result)}
+
+
+def comma_separated(result: subprocess.CompletedProcess[str]) -> list[dict[str, str]]:
+    assert (result.returncode, result.stderr) == (0, ""), result
+    return list(csv.DictReader(result.stdout.splitlines(), strict=True))
+
+
+@pytest.fixture
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return make_store(request, tmp_path)
 
 
 @pytest.fixture(params=["dash", "bash"])
@@ -166,7 +138,7 @@ def test_the_heading_says_which_time_and_which_table(database: Database, tmp_pat
     day, week = run("-c", settings).stdout, run("-w", "-c", settings).stdout
     assert day.startswith("The twenty logins with the most recipients of the last 24 hours\n")
     assert week.startswith("The twenty logins with the most recipients of the last 7 days\n")
-    assert f"({database.name}.events on 127.0.0.1)" in day
+    assert f"({database.name}.events on 127.0.0.1; quota 1500)" in day
 
 
 def test_an_empty_table_is_said_to_be_empty(database: Database, tmp_path: Path) -> None:
@@ -203,7 +175,193 @@ def test_nothing_in_a_login_can_talk_to_the_terminal(database: Database, tmp_pat
     fill_mariadb(database, entries)
     fill_store(tmp_path, entries)
     for settings in (database.settings(), {"statedir": str(tmp_path)}):
-        assert ranking(run("-c", settings_file(tmp_path, settings))) == [(STRANGE_LOGIN_SHOWN, 3, 1)]
+        path = settings_file(tmp_path, settings)
+        assert ranking(run("-c", path)) == [(STRANGE_LOGIN_SHOWN[:20] + ">", 3, 1)]
+        assert comma_separated(run("--csv", "-c", path))[0]["login"] == STRANGE_LOGIN_SHOWN
+
+
+# --- quotas and states ---
+
+# Half of the quota, just below it, at it, below its double, at it; and logins with quotas of their own.
+SHARES = [
+    Entry(10, "half", 750),
+    Entry(20, "below", 1499),
+    Entry(30, "reached", 1500),
+    Entry(40, "almost", 2999),
+    Entry(50, "refused", 3000),
+    Entry(60, "NewsLetter".lower()[:8], 16_000),
+    Entry(70, "free", 90_000),
+    Entry(80, "none", 1),
+    Entry(90, "printer", 40),
+    Entry(100, "info", 9),
+]
+OWN = [
+    "quota=NEWSLETT:20000", "quota = free:unlimited", "quota=none:0", "quota=printer@example.org:20:7",
+    "quota=info:5:5:0",  # of a login "info:5"
+]  # fmt: skip
+STATES = {
+    "free": "unlimited ok",
+    "newslett": "[########..] 80% ok",
+    "refused": "[##########] 200% REJECT",
+    "almost": "[##########] 199% HOLD",
+    "reached": "[##########] 100% HOLD",
+    "below": "[#########.] 99% ok",
+    "half": "[#####.....] 50% ok",
+    "printer": "[##########] 200% REJECT",
+    "info": "[..........] 0% ok",
+    "none": "quota 0: all held HOLD",
+}
+
+
+@STORES
+def test_each_login_is_shown_with_the_share_of_its_quota_and_its_state(store: Store, shell: str) -> None:
+    store.fill(*SHARES)
+    assert table(run("-c", store.settings(*OWN), shell=shell)) == STATES
+
+
+def test_the_picture_is_the_same_with_another_awk(tmp_path: Path) -> None:
+    fill_store(tmp_path, [*SHARES, Entry(1, STRANGE_LOGIN, 7)])
+    settings = settings_file(tmp_path, {"statedir": str(tmp_path)}, *OWN)
+    pictures = []
+    for name in ("mawk", "gawk"):
+        path = tmp_path / name
+        path.mkdir()
+        (path / "awk").symlink_to(program(name, name))
+        environment = {"PATH": f"{path}:{os.environ['PATH']}"}
+        pictures += [
+            tuple(run(*form, "-c", settings, environment=environment).stdout for form in ([], ["--csv"], ["-w"]))
+        ]
+    assert pictures[0] == pictures[1]
+    assert "REJECT" in pictures[0][0]
+
+
+@STORES
+def test_rejectquota_holds_for_logins_without_a_quota_of_their_own(store: Store) -> None:
+    store.fill(Entry(1, "anna", 50), Entry(2, "ben", 49), Entry(3, "carla", 50))
+    settings = store.settings("defaultquota=10", "rejectquota=50", "quota=carla:30")
+    states = {login: shown.split()[-1] for login, shown in table(run("-c", settings)).items()}
+    assert states == {"anna": "REJECT", "ben": "HOLD", "carla": "HOLD"}
+
+
+def test_a_quota_belongs_to_the_login_as_the_old_table_cuts_it(old_database: Database, tmp_path: Path) -> None:
+    fill_mariadb(old_database, [Entry(1, "newslett", 90), Entry(2, "registra", 90)])
+    lines = ["quota=newsletter:100", "quota=registrar:10", "quota=registra:50"]
+    settings = settings_file(tmp_path, {**old_database.settings(), "defaultquota": "10"}, *lines)
+    assert table(run("-c", settings)) == {"newslett": "[#########.] 90% ok", "registra": "[##########] 180% HOLD"}
+
+
+def test_a_login_with_its_domain_has_its_own_quota_when_domains_are_kept(tmp_path: Path) -> None:
+    fill_store(tmp_path, [Entry(1, "anna@a.org", 9), Entry(2, "anna@b.org", 9)])
+    settings = settings_file(
+        tmp_path, {"statedir": str(tmp_path), "quota": "anna@b.org:9", "strip_domain": "No", "defaultquota": "10"}
+    )
+    assert table(run("-c", settings)) == {"anna@a.org": "[#########.] 90% ok", "anna@b.org": "[##########] 100% HOLD"}
+
+
+@STORES
+def test_in_the_week_the_state_is_the_one_of_the_last_24_hours(store: Store) -> None:
+    store.fill(Entry(3 * DAY_S, "anna", 4000), Entry(10, "anna", 10), Entry(20, "ben", 2005), Entry(30, "carla", 0))
+    assert table(run("-w", "-c", store.settings())) == {
+        "anna": "[##########] 100% ok", "ben": "[#####.....] 50% HOLD", "carla": "[..........] 0% ok",
+    }  # fmt: skip
+
+
+@STORES
+def test_client_addresses_are_counted_once(store: Store) -> None:
+    store.fill(
+        *(Entry(number, "anna", 1, client=f"192.0.2.{number % 3}") for number in range(7)), Entry(9, "ben", 1)
+    )
+    assert [row[:5] for row in lines_of(run("-c", store.settings()))] == [
+        ["1", "anna", "7", "7", "3"], ["2", "ben", "1", "1", "1"],
+    ]  # fmt: skip
+
+
+def test_as_many_logins_as_asked_for(tmp_path: Path, shell: str) -> None:
+    fill_store(tmp_path, ENTRIES)
+    settings = settings_file(tmp_path, {"statedir": str(tmp_path)})
+    assert ranking(run("-n", "2", "-c", settings, shell=shell)) == OF_24_H[:2]
+    assert ranking(run("-n3", "-wc", settings, shell=shell)) == OF_7_DAYS[:3]
+    assert len(ranking(run("-n", "9999", "-c", settings, shell=shell))) == 25
+    assert run("-n", "2", "-c", settings).stdout.startswith("The 2 logins with the most recipients ")
+
+
+def test_a_long_login_is_cut_with_a_sign_for_the_eye_and_not_for_a_spreadsheet(tmp_path: Path) -> None:
+    login = 'x"y,z' + "-" * 250
+    fill_store(tmp_path, [Entry(1, login, 12)])
+    settings = settings_file(tmp_path, {"statedir": str(tmp_path)}, "defaultquota=10")
+    assert table(run("-c", settings)) == {login[:20] + ">": "[##########] 120% HOLD"}
+    (line,) = comma_separated(run("-c", settings, "--csv"))
+    assert line == {
+        "rank": "1", "login": login, "recipients": "12", "messages": "1", "clients": "1", "recipients_24h": "12",
+        "quota": "10", "reject": "20", "state": "HOLD",
+    }  # fmt: skip
+
+
+def test_the_spreadsheet_has_raw_numbers(tmp_path: Path, shell: str) -> None:
+    fill_store(tmp_path, [Entry(1, "anna", 3), Entry(2 * DAY_S, "anna", 2_000_000_000), Entry(1, "ben", 7)])
+    settings = settings_file(tmp_path, {"statedir": str(tmp_path)}, "quota=ben:unlimited", "defaultquota=999999999")
+    result = run("--csv", "-wc", settings, shell=shell)
+    assert result.stdout == (
+        "rank,login,recipients,messages,clients,recipients_24h,quota,reject,state\n"
+        "1,anna,2000000003,2,1,3,999999999,1999999998,ok\n"
+        "2,ben,7,1,1,7,unlimited,unlimited,ok\n"
+    )
+    empty = run("--csv", "-c", settings_file(tmp_path, {"statedir": str(tmp_path)}), script=TOP20)
+    assert empty.stdout.splitlines()[0] == result.stdout.splitlines()[0]
+
+
+def test_it_is_said_when_nothing_is_held_for_mode_audit(tmp_path: Path) -> None:
+    fill_store(tmp_path, SHARES)
+    settings = settings_file(tmp_path, {"statedir": str(tmp_path)}, "mode=audit")
+    assert "\nmode=audit: nothing is held; " in run("-c", settings).stdout
+    assert table(run("-c", settings))["half"] == "[#####.....] 50% ok"
+
+
+def test_colour_is_for_a_terminal_only_and_not_with_no_color(tmp_path: Path) -> None:
+    fill_store(tmp_path, SHARES)
+    settings = settings_file(tmp_path, {"statedir": str(tmp_path)})
+
+    def on_a_terminal(**environment: str) -> str:
+        terminal, side = os.openpty()
+        process = subprocess.run(
+            ["sh", str(TOP20), "-c", str(settings)], stdout=side, env={**os.environ, **environment}, check=True
+        )
+        assert process.returncode == 0
+        os.close(side)
+        text = os.read(terminal, 65536).decode()
+        os.close(terminal)
+        return text
+
+    assert "\x1b[31mREJECT\x1b[0m" in on_a_terminal(NO_COLOR="")
+    assert "\x1b" not in on_a_terminal(NO_COLOR="1")
+    assert "\x1b" not in run("-c", settings).stdout
+
+
+# --- beside its file of common functions ---
+
+
+def test_it_is_found_through_a_link_the_path_and_the_current_directory(tmp_path: Path, shell: str) -> None:
+    for name in ("sbin", "bin"):
+        (tmp_path / name).mkdir()
+    script = copy_scripts(tmp_path / "sbin", TOP20.name)
+    link = tmp_path / "bin" / "top20"
+    link.symlink_to(f"../sbin/{script.name}")
+    fill_store(tmp_path, [Entry(1, "anna", 1)])
+    settings = settings_file(tmp_path, {"statedir": str(tmp_path)})
+    assert ranking(run("-c", settings, script=link, shell=shell)) == [("anna", 1, 1)]
+    assert ranking(run("-c", settings, script=Path(script.name), cwd=script.parent, shell=shell)) == [("anna", 1, 1)]
+    for name, directory in (("top20", link.parent), (script.name, script.parent)):
+        result = subprocess.run(
+            [name, "-c", str(settings)], cwd="/", env={**os.environ, "PATH": f"{directory}:{os.environ['PATH']}"},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert ranking(result) == [("anna", 1, 1)]
+
+
+def test_a_missing_file_of_common_functions_is_said(tmp_path: Path, shell: str) -> None:
+    script = Path(shutil.copy(TOP20, tmp_path))
+    line = refusal(run(script=script, shell=shell))
+    assert line == f"{tmp_path}/policyd-common.sh is missing; install it beside this script"
 
 
 # --- the settings file is data ---
@@ -275,7 +433,7 @@ def test_the_password_is_not_in_the_arguments_or_the_environment_of_any_process(
     """Each program the script calls is wrapped: it writes down how it was called, then does its work."""
     bin_directory, record = tmp_path / "bin", tmp_path / "record"
     bin_directory.mkdir()
-    for name in ("mariadb", "awk", "sed", "tr", "cat"):
+    for name in ("mariadb", *PROGRAMS):
         wrapper = bin_directory / name
         wrapper.write_text(
             f'#!/bin/sh\n{program("cat", "coreutils")} /proc/$$/cmdline /proc/$$/environ >>"{record}"\n'
@@ -318,7 +476,7 @@ def test_the_next_server_is_asked_when_one_does_not_answer(database: Database, t
         )
         result = run("-c", settings_file(tmp_path, {**database.settings(), "dbhost": servers}), shell=shell)
     assert ranking(result) == [("anna", 1, 1)]
-    assert f"({database.name}.events on 127.0.0.1)" in result.stdout
+    assert f"({database.name}.events on 127.0.0.1; quota 1500)" in result.stdout
 
 
 @pytest.mark.parametrize("server", ["127.0.0.1:{port}", "localhost:{port}", "{socket}"])
@@ -364,12 +522,13 @@ def test_a_missing_table_is_said(database: Database, tmp_path: Path) -> None:
 
 def elsewhere(directory: Path) -> Path:
     """Return a copy of the script for which /etc/postfix and /var/lib are in `directory`."""
-    text = TOP20.read_text()
+    script = copy_scripts(directory, TOP20.name)
+    common = directory / COMMON.name
+    text = common.read_text()
     for path in ("/etc/postfix/policyd.cfg", "/var/lib/policyd"):
         assert path in text
         text = text.replace(path, str(directory / Path(path).name))
-    script = directory / TOP20.name
-    script.write_text(text)
+    common.write_text(text)
     return script
 
 
@@ -439,6 +598,19 @@ def test_looking_changes_nothing_in_the_store(tmp_path: Path) -> None:
         ("policy_table=a`b\n", "1: policy_table=a`b is not a plain SQL name (letters, digits, _ and $)"),
         ("policy_table=db.events\n", "1: policy_table=db.events is not a plain SQL name (letters, digits, _ and $)"),
         ("policy_table=\x1b[2J\n", "1: policy_table=?[2J is not a plain SQL name (letters, digits, _ and $)"),
+        ("\ndefaultquota=many\n", "2: defaultquota=many is not a number from 1 to 999999999"),
+        ("defaultquota=0\n", "1: defaultquota=0 is not a number from 1 to 999999999"),
+        ("defaultquota=1234567890\n", "1: defaultquota=1234567890 is not a number from 1 to 999999999"),
+        ("defaultquota=9\nrejectquota=8\n", "2: rejectquota=8 is below defaultquota=9"),
+        ("strip_domain=maybe\n", "1: strip_domain=maybe is neither yes nor no"),
+        ("networks_window=1\n", "1: networks_window=1 is no time; give a number and s, m, h or d, for example 1h"),
+        *(
+            (f"port=1\nquota={value}\n",
+             f"2: quota={value} is not LOGIN:NUMBER, LOGIN:unlimited or LOGIN:NUMBER:HOUR")
+            for value in ("anna", "5", ":5", "anna:", "anna:x", "anna:-1", "anna:5:x", "an na:5", "anna:1234567890",
+                          ":5:7", "anna:7:unlimited:x")
+        ),
+        ("quota=\n", "1: quota= has no value; give one, or remove the line to use the default"),
         ("dbuser=a\n", " dbname= is missing, or no db... key should be there"),
         ("dbname=a\n", " dbuser= is missing, or no db... key should be there"),
     ],
@@ -460,8 +632,7 @@ def test_a_settings_file_that_is_named_must_be_there(tmp_path: Path) -> None:
 
 
 def test_what_may_not_be_read_is_said(open_directory: Path) -> None:
-    script = open_directory / TOP20.name
-    shutil.copy(TOP20, script)
+    script = copy_scripts(open_directory, TOP20.name)
     state = open_directory / "state"
     state.mkdir()
     store = fill_store(state, [Entry(1, "anna", 1)])
@@ -492,41 +663,41 @@ def test_what_may_not_be_read_is_said(open_directory: Path) -> None:
     ],
 )
 def test_a_missing_client_is_named_with_its_package(tmp_path: Path, settings: dict[str, str], message: str) -> None:
-    bin_directory = tmp_path / "bin"
-    bin_directory.mkdir()
-    for name in ("awk", "cat", "sed", "tr"):
-        (bin_directory / name).symlink_to(program(name, name))
+    bin_directory = directory_of_programs(tmp_path / "bin", *PROGRAMS)
     fill_store(tmp_path, ENTRIES)
     path = settings_file(tmp_path, settings or {"statedir": str(tmp_path)})
     assert refusal(run("-c", path, environment={"PATH": str(bin_directory)})) == message
 
 
 def test_the_older_name_of_the_client_serves_too(database: Database, tmp_path: Path) -> None:
-    bin_directory = tmp_path / "bin"
-    bin_directory.mkdir()
-    for name in ("awk", "cat", "sed", "tr"):
-        (bin_directory / name).symlink_to(program(name, name))
+    bin_directory = directory_of_programs(tmp_path / "bin", *PROGRAMS)
     (bin_directory / "mysql").symlink_to(program("mariadb", "mariadb-client"))
     fill_mariadb(database, [Entry(1, "anna", 1)])
     settings = settings_file(tmp_path, database.settings())
     assert ranking(run("-c", settings, environment={"PATH": str(bin_directory)})) == [("anna", 1, 1)]
 
 
-@pytest.mark.parametrize("arguments", [["-x"], ["-c"], ["--help"], ["anna"], ["-w", "--", "-c"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["-x"], ["-c"], ["--help"], ["anna"], ["-w", "--", "-c"], ["--csv=x"], ["-n"],
+     ["-n", "0"], ["-n", "x"], ["-n", "10000"]],
+)
 def test_a_wrong_call_gets_the_usage(arguments: list[str], shell: str) -> None:
     result = run(*arguments, shell=shell)
     assert (result.returncode, result.stdout) == (2, "")
-    assert "Usage: policyd-top20.sh [-w] [-c FILE]" in result.stderr
+    assert "Usage: policyd-top20.sh [-w] [-n N] [--csv] [-c FILE]" in result.stderr
 
 
 def test_help_is_no_mistake(shell: str) -> None:
     result = run("-h", shell=shell)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("Usage: policyd-top20.sh [-w] [-c FILE]\n")
+    assert result.stdout.startswith("Usage: policyd-top20.sh [-w] [-n N] [--csv] [-c FILE]\n")
     assert "/etc/postfix/policyd.cfg" in result.stdout
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)
-def test_shellcheck_has_nothing_to_say(script: Path) -> None:
-    result = subprocess.run([program("shellcheck", "shellcheck"), str(script)], capture_output=True, text=True)
+def test_shellcheck_has_nothing_to_say() -> None:
+    scripts = [str(path.relative_to(SCRIPTS.parent)) for path in sorted(SCRIPTS.glob("*.sh"))]
+    result = subprocess.run(
+        [program("shellcheck", "shellcheck"), *scripts], cwd=SCRIPTS.parent, capture_output=True, text=True
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
