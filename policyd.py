@@ -45,15 +45,21 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import email.message
+import email.utils
 import errno
+import functools
 import io
 import ipaddress
+import json
 import math
 import os
 import queue
 import re
 import resource
+import shlex
 import signal
+import smtplib
 import socket
 import socketserver
 import sqlite3
@@ -99,16 +105,29 @@ TABLE_LOOK_S = 60  # how long a connection trusts what it has seen of the table'
 PURGE_SLICE = 10_000  # rows of one DELETE
 REPLAY_SLICE = 500  # rows of the journal that one INSERT takes between two batches
 LAST_KNOWN_SUMS = 100_000
+TRACES = 1000  # the most that a mail shows
+TRACES_TIMEOUT_S = 30
 FIRST_PURGE_S = 60
 RETRY_PURGE_S = 3600
+HOUR_S = 3600
 DAY_S = 86_400
 FIGURES_S = 60  # between two versions of policyd.prom
+MAILS_AN_HOUR = 20
+MAILED_QUEUE_IDS = 100
+MAIL_TIMEOUT_S = 30
+RETRY_MAIL_S = 60
+GIVE_UP_MAIL_S = 3600
 STUCK_S = 10  # an event that waits longer than this stops the watchdog's pings
 
 LOG_QUEUE_LINES = 10_000
 LISTEN_BACKLOG = 1024  # socketserver's 5 leaves clients waiting for seconds in a rush
 SPARE_DESCRIPTORS = 64  # for the database, the store, the log
 DRAIN_S = 3.5  # at the end: for the answers still owed
+
+
+def local_time(seconds: float) -> str:
+    """Return a time since 1970 as a human reads it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 # ---- log: lines on their way to syslog ------------------------------------------------------------
@@ -286,17 +305,26 @@ def read_message(text: str) -> str:
 
 def read_address(text: str) -> str:
     """Read a mail address, lower-cased."""
-    if not re.fullmatch(r"[^@\s]+@[^@\s]+", text):
+    if not re.fullmatch(r"[^@<>,\s]+@[^@<>,\s]+", text):
         raise ValueError("give a mail address, for example helpdesk@example.org")
     return text.lower()
 
 
-def read_quota(text: str) -> tuple[str, int]:
-    """Read LOGIN:N, a login and its quota."""
-    match = re.fullmatch(r"(\S+):([0-9]{1,9}|unlimited)", text.lower())
+def read_quota(text: str) -> tuple[str, int, int | None]:
+    """Read LOGIN:DAY or LOGIN:DAY:HOUR, a login and its quotas; the second one is None if it is not given."""
+    match = re.fullmatch(r"([^@\s]\S*?):([0-9]{1,9}|unlimited)(?::([0-9]{1,9}))?", text.lower())
     if not match:
-        raise ValueError("give LOGIN:N or LOGIN:unlimited, for example newsletter:20000")
-    return match[1], NEVER if match[2] == "unlimited" else int(match[2])
+        raise ValueError("give LOGIN:N, LOGIN:unlimited or LOGIN:DAY:HOUR, for example newsletter:20000")
+    return match[1], NEVER if match[2] == "unlimited" else int(match[2]), int(match[3]) if match[3] else None
+
+
+def read_window(text: str) -> int:
+    """Read a time such as `90s`, `30m` or `1h`; return seconds."""
+    match = re.fullmatch(r"([0-9]{1,5})([smhd])", text.lower())
+    seconds = int(match[1]) * {"s": 1, "m": 60, "h": HOUR_S, "d": DAY_S}[match[2]] if match else 0
+    if not 60 <= seconds <= DAY_S:
+        raise ValueError("give a time from 1m to 24h, for example 30m or 1h")
+    return seconds
 
 
 def read_table(text: str) -> str:
@@ -336,6 +364,17 @@ def read_list_entry(text: str) -> str | Network:
     return address.network
 
 
+def read_network(text: str) -> str | Network:
+    """Read a client address, or a network in CIDR form."""
+    entry = read_list_entry(text)
+    if isinstance(entry, str):
+        try:
+            ipaddress.ip_address(entry)
+        except ValueError:
+            raise ValueError("give an address or ADDRESS/PREFIX, for example 192.0.2.0/24") from None
+    return entry
+
+
 def login_of(sasl_username: str, strip_domain: bool) -> str:
     """Return the account a `sasl_username` stands for: lower case, and cut at `@`."""
     login = sasl_username.lower()
@@ -343,22 +382,29 @@ def login_of(sasl_username: str, strip_domain: bool) -> str:
 
 
 class Limits(NamedTuple):
-    """The sums of a login's recipients from which on its mail is held and refused."""
+    """The sums of a login's recipients from which on its mail is held and refused; NEVER is no limit."""
 
     hold_at: int
     reject_at: int
+    hour: int  # of the last hour: held from it on
+
+    def decisive(self) -> int:
+        """Return the sum beyond which the answer stays the same."""
+        return max((limit for limit in self if limit < NEVER), default=0)
 
     def reject_in_words(self) -> str:
         """Return the second one as the log has it."""
         return f"2x{self.hold_at}" if self.reject_at == 2 * self.hold_at else str(self.reject_at)
 
 
-def setting(
-    default: Any, read: Callable[[str], Any], repeated: bool = False, restart: bool = False, secret: bool = False
-) -> Any:
+REPEATED = ("quota", "trusted_network", "always_allow", "whitelist", "blacklist")  # may be given in several lines
+
+
+def setting(default: Any, read: Callable[[str], Any], restart: bool = False, secret: bool = False) -> Any:
     """Return a field of Settings: its default, how its text is read, and whether a change needs a restart."""
-    metadata = {"read": read, "repeated": repeated, "restart": restart}
-    return dataclasses.field(default_factory=lambda: default, repr=not secret, metadata=metadata)
+    return dataclasses.field(
+        default_factory=lambda: default, repr=not secret, metadata={"read": read, "restart": restart}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,16 +417,23 @@ class Settings:
     mode: str = setting("enforce", read_mode)
     defaultquota: int = setting(1500, read_number(1, 999_999_999))
     rejectquota: int = setting(0, read_number(1, 999_999_999))  # 0: twice defaultquota
-    quota: dict[str, Limits] = setting({}, read_quota, repeated=True)
+    hourquota: int = setting(0, read_number(0, 999_999_999))  # 0: none
+    quota: dict[str, Limits] = setting({}, read_quota)
+    max_networks: int = setting(0, read_number(0, 999_999_999))  # 0: any number
+    networks_window: int = setting(3600, read_window)
+    trusted_network: UserList = setting(NOBODY, read_network)
     strip_domain: bool = setting(True, read_yes_or_no)
     hold_message: str = setting("", read_message)
     reject_message: str = setting("", read_message)
-    always_allow: frozenset[str] = setting(frozenset(), read_address, repeated=True)
-    whitelist: UserList = setting(NOBODY, read_list_entry, repeated=True)
-    blacklist: UserList = setting(NOBODY, read_list_entry, repeated=True)
+    always_allow: frozenset[str] = setting(frozenset(), read_address)
+    whitelist: UserList = setting(NOBODY, read_list_entry)
+    blacklist: UserList = setting(NOBODY, read_list_entry)
     whitelist_days: tuple[int, int] = setting((1, 5), read_range(1, 7, "1-5"))
     whitelist_hours: tuple[int, int] = setting((7, 19), read_range(0, 24, "7-19"))
     keep_days: int = setting(7, read_number(2, 36_500))
+    notify: str = setting("", read_address)
+    notify_from: str = setting("", read_address)
+    notify_server: tuple[tuple[str, int | None], ...] = setting((("127.0.0.1", 25),), read_servers)
     dbhost: tuple[tuple[str, int | None], ...] = setting((), read_servers, restart=True)
     dbport: int = setting(3306, read_number(1, 65535), restart=True)
     dbname: str = setting("", str, restart=True)
@@ -396,59 +449,55 @@ class Settings:
         Lines of key=value.  `#` starts a comment only at the start of a line, and quotes are literal:
         passwords contain both.
         """
-        values: dict[str, Any] = {}
-        repeated: dict[str, dict[Any, int]] = {  # each value with its line
-            field.name: {} for field in dataclasses.fields(cls) if field.metadata["repeated"]
-        }
-        line_of: dict[str, int] = {}
+        given: dict[str, list[tuple[int, Any]]] = {}  # of each key the numbers of its lines, with the values
         for number, line in enumerate(read_lines(path), start=1):
             if not line or line.startswith("#"):
                 continue
             try:
                 key, value = cls._read_line(line)
-                if key in values:
-                    raise ValueError(f"{key}= was given in line {line_of[key]} already; keep one of them")
+                if key in given and key not in REPEATED:
+                    raise ValueError(f"{key}= was given in line {given[key][0][0]} already; keep one of them")
             except ValueError as error:
                 raise SettingsError(f"{path}:{number}: {printable(str(error))}") from error
-            line_of[key] = number
-            if key in repeated:
-                repeated[key][value] = number
-            else:
-                values[key] = value
-        return cls._put_together(path, values, repeated, line_of)
+            given.setdefault(key, []).append((number, value))
+        return cls._put_together(path, given)
 
     @classmethod
-    def _put_together(
-        cls, path: str, values: dict[str, Any], repeated: dict[str, dict[Any, int]], line_of: dict[str, int]
-    ) -> Settings:
+    def _put_together(cls, path: str, given: dict[str, list[tuple[int, Any]]]) -> Settings:
         """Return the settings, unless one of them needs or forbids another."""
-        database = [key for key in line_of if key.startswith("db")]
+        values = {key: lines[0][1] for key, lines in given.items() if key not in REPEATED}
+        repeated = {key: [value for _, value in given.get(key, [])] for key in REPEATED}
+        database = [key for key in given if key.startswith("db")]
         for key in ("dbname", "dbuser"):
             if database and key not in values:
                 raise SettingsError(
-                    f"{path}:{line_of[database[0]]}: {database[0]}= needs {key}= too;"
+                    f"{path}:{given[database[0]][0][0]}: {database[0]}= needs {key}= too;"
                     " add it, or remove every db... line to use the embedded store"
                 )
         if database:
             values.setdefault("dbhost", (("127.0.0.1", None),))
         settings = cls(
             **values,
-            quota={},
+            trusted_network=UserList(repeated["trusted_network"]),
             always_allow=frozenset(repeated["always_allow"]),
             whitelist=UserList(repeated["whitelist"]),
             blacklist=UserList(repeated["blacklist"]),
         )
         if 0 < settings.rejectquota < settings.defaultquota:
             raise SettingsError(
-                f"{path}:{line_of['rejectquota']}: rejectquota={settings.rejectquota} is below"
+                f"{path}:{given['rejectquota'][0][0]}: rejectquota={settings.rejectquota} is below"
                 f" defaultquota={settings.defaultquota}; mail is held first, then refused"
             )
-        for (login, own), number in repeated["quota"].items():
+        quota: dict[str, Limits] = {}
+        for number, (login, day, hour) in given.get("quota", []):
             login = login_of(login, settings.strip_domain)
-            if login in settings.quota:
+            if login in quota:
                 raise SettingsError(f"{path}:{number}: {printable(login)} has a quota= already; keep one of them")
-            settings.quota[login] = Limits(own, 2 * own if 0 < own < NEVER else NEVER)  # 0 holds, and never refuses
-        return settings
+            if hour is None:
+                hour = settings.hourquota if day < NEVER else 0
+            reject_at = 2 * day if 0 < day < NEVER else NEVER  # 0 is there to hold all mail, not to refuse it
+            quota[login] = Limits(day, reject_at, hour or NEVER)
+        return dataclasses.replace(settings, quota=quota)
 
     @classmethod
     def _read_line(cls, line: str) -> tuple[str, Any]:
@@ -472,7 +521,9 @@ class Settings:
 
     def limits_of(self, login: str) -> Limits:
         """Return the limits of a login: those of a quota of its own, or everybody's."""
-        return self.quota.get(login) or Limits(self.defaultquota, self.rejectquota or 2 * self.defaultquota)
+        return self.quota.get(login) or Limits(
+            self.defaultquota, self.rejectquota or 2 * self.defaultquota, self.hourquota or NEVER
+        )
 
     def listens_on(self) -> str:
         """Return the address as Postfix spells it."""
@@ -562,24 +613,55 @@ def read_request(readline: Callable[[int], bytes]) -> PolicyRequest | None:
     return parse_request(b"".join(lines) + b"\n")
 
 
-# ---- decision: numbers and hours, no clock, no socket, no SQL ------------------------------------------
+# ---- decision: numbers, hours and networks; no clock, no socket, no SQL ------------------------------------------
 
 DUNNO = "DUNNO"  # not OK: later restrictions still run (access(5))
 HOLD_BLACKLISTED = "HOLD blacklisted"
 HOLD = "HOLD quota exceeded"
+HOLD_HOUR = "HOLD hour quota exceeded"
+HOLD_NETWORKS = "HOLD too many networks"
 REJECT = "REJECT max quota exceeded"
 
 
-def decide(recipients: int, hold_at: int, reject_at: int) -> str:
+def decide(
+    recipients: int,
+    hold_at: int,
+    reject_at: int,
+    hour_quota: int = NEVER,
+    of_hour: int = 0,
+    networks: int = 0,
+    max_networks: int = NEVER,
+) -> str:
     """Return the access(5) action for a user who has reached `recipients` in 24 h.
 
-    `recipients` counts the message being asked about.  Reaching a limit is over it.
+    `recipients` counts the message being asked about.  Reaching a limit is over it; of networks one more is.
     """
     if recipients >= reject_at:
         return REJECT
     if recipients >= hold_at:
         return HOLD
+    if of_hour >= hour_quota:
+        return HOLD_HOUR
+    if networks > max_networks:
+        return HOLD_NETWORKS
     return DUNNO
+
+
+@functools.lru_cache(maxsize=100_000)
+def network_of(client_address: str, trusted: UserList) -> str | None:
+    """Return the /24 (IPv4) or /48 (IPv6) of a client; None if it is trusted, or "unknown"."""
+    try:
+        address = ipaddress.ip_address(client_address)
+    except ValueError:
+        return None
+    if trusted.holds((), client_address):
+        return None
+    return str(ipaddress.ip_network((address, 24 if address.version == 4 else 48), strict=False))
+
+
+def networks_of(addresses: Iterable[str], trusted: UserList) -> set[str]:
+    """Return the networks that clients with these addresses are in, without the trusted ones."""
+    return {network for address in addresses if (network := network_of(address, trusted))}
 
 
 def in_office_hours(now: time.struct_time, days: tuple[int, int], hours: tuple[int, int]) -> bool:
@@ -603,15 +685,84 @@ class Event(NamedTuple):
     recipient_count: int
 
 
+class Trace(NamedTuple):
+    """What a login sent with one sender from one client address."""
+
+    client_address: str
+    sender: str
+    messages: int
+    recipients: int
+    first: str  # local time, YYYY-MM-DD HH:MM:SS
+    last: str
+
+
+class Usage(NamedTuple):
+    """What a login has used up, the message in question included."""
+
+    recipients: int  # of the last 24 h
+    of_hour: int = 0  # recipients of the last hour, or more if it does not matter yet
+    addresses: frozenset[str] = frozenset()  # of the clients within the window, or two of a network if all are in it
+
+    def plus(self, other: Usage) -> Usage:
+        """Return what two stores know of one login."""
+        return Usage(
+            self.recipients + other.recipients, self.of_hour + other.of_hour, self.addresses | other.addresses
+        )
+
+
+SAME_NETWORK = re.compile(r"[^.:]+[.:][^.:]+[.:][^.:]*[.:]")  # with these letters begin all addresses of one /24 or /48
+
+
+def in_one_network(lowest: str, highest: str) -> bool:
+    """Tell whether all client addresses between these two, as texts, are certainly in one network."""
+    begin = SAME_NETWORK.match(lowest)
+    return lowest == highest or (begin is not None and highest.startswith(begin[0]))
+
+
+class Reach(NamedTuple):
+    """How far a login's usage matters."""
+
+    rows: int  # of its newest events with recipients; older ones may be left out
+    hour_from: int = NEVER  # recipients of 24 h from which on those of the last hour matter
+
+    def join(self, other: Reach) -> Reach:
+        """Return the reach for two logins that a table takes for one."""
+        return Reach(max(self.rows, other.rows), min(self.hour_from, other.hour_from))
+
+
 class Scope(NamedTuple):
-    """How many of a login's newest events with recipients a sum must cover; older ones may be left out."""
+    """How far all usages matter."""
 
-    rows: int
-    own_rows: dict[str, int]  # of logins that need more
+    everybody: Reach
+    own: dict[str, Reach]  # of logins with a quota of their own
+    window_s: int = 0  # in which client addresses matter; 0: they do not
 
-    def rows_of(self, login: str) -> int:
-        """Return their number for a login."""
-        return self.own_rows.get(login, self.rows)
+    def of(self, login: str) -> Reach:
+        """Return the reach for a login."""
+        return self.own.get(login, self.everybody)
+
+
+class Found(NamedTuple):
+    """What a store finds of a login in 24 h; the last two only when it looks closely."""
+
+    recipients: Any
+    messages: int
+    lowest: str | None  # client address, as a text
+    highest: str | None
+    of_hour: Any = None
+    addresses: str | None = None
+
+    def wants_a_closer_look(self, reach: Reach, scope: Scope) -> bool:
+        """Tell whether the hour may be over its quota, or the clients be in several networks."""
+        in_one = not scope.window_s or in_one_network(self.lowest or "", self.highest or "")
+        return (self.recipients or 0) >= reach.hour_from or not in_one
+
+    def usage(self) -> Usage:
+        """Return what was found; without a closer look the bounds that decide the same."""
+        recipients = int(self.recipients or 0)
+        if self.of_hour is None:
+            return Usage(recipients, recipients, frozenset(filter(None, (self.lowest, self.highest))))
+        return Usage(recipients, int(self.of_hour), frozenset(filter(None, (self.addresses or "").split(","))))
 
 
 class Repository(Protocol):
@@ -620,8 +771,14 @@ class Repository(Protocol):
     def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
         """Commit `events` as of now, or as of `times` (ms since 1970); return the positions of those refused."""
 
-    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[int]:
-        """Return, for each of the `events` just inserted, what its login had reached with it in 24 h."""
+    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[Usage]:
+        """Return, for each of the `events` just inserted, what its login had used with it.
+
+        Addresses are those of all `events`: they came in the same moment.
+        """
+
+    def traces(self, login: str) -> list[Trace]:
+        """Return what a login did in the last 24 h, the most recipients first.  For any thread."""
 
     def check(self, deadline: float) -> str:
         """Return one line on the store, once it has been seen that events can be inserted."""
@@ -633,14 +790,15 @@ class Repository(Protocol):
         """Create or upgrade the table; return one line on what was done."""
 
 
-def run_up(logins: Sequence[str], events: Sequence[Event], totals: dict[str, int]) -> list[int]:
-    """Return the sums after each event, given the `totals` of the logins after the last one."""
+def run_up(logins: Sequence[str], events: Sequence[Event], totals: dict[str, Usage]) -> list[Usage]:
+    """Return the usages after each event, given the `totals` of the logins after the last one."""
     left = dict(totals)
-    sums = []
+    usages = []
     for login, event in zip(reversed(logins), reversed(events)):
-        sums.append(left[login])
-        left[login] -= event.recipient_count
-    return sums[::-1]
+        recipients, of_hour, addresses = usage = left[login]
+        usages.append(usage)
+        left[login] = Usage(recipients - event.recipient_count, of_hour - event.recipient_count, addresses)
+    return usages[::-1]
 
 
 def set_deadline(connection: Connection[Any], deadline: float) -> None:
@@ -798,14 +956,27 @@ class MariaDBRepository:
     NO_ROW = "SELECT CURRENT_TIMESTAMP(3), '', '', '', 0 FROM DUAL WHERE FALSE"
     DAY = "ts > CURRENT_TIMESTAMP(3) - INTERVAL 1 DAY"
     BINARY = "CONVERT(sasl_username USING utf8mb4) COLLATE utf8mb4_bin"  # equal only if it is
+    FOUND = "SUM(recipient_count), COUNT(*), {extremes}, NULL, NULL"
+    EXTREMES = "MIN(client_address), MAX(client_address)"
+    FOUND_CLOSELY = (  # takes twice the time
+        "SUM(recipient_count), COUNT(*), {extremes},"
+        " SUM(IF(ts > CURRENT_TIMESTAMP(3) - INTERVAL 1 HOUR, recipient_count, 0)), GROUP_CONCAT(DISTINCT"
+        " IF(ts > CURRENT_TIMESTAMP(3) - INTERVAL {window_s} SECOND AND recipient_count > 0, client_address, NULL))"
+    )
     SUM = (  # of many logins at once; the column's collation may find more of them than were asked for
-        "SELECT {login} AS login, SUM(recipient_count), COUNT(*) FROM `{table}` {index}"
+        "SELECT {login} AS login, {found} FROM `{table}` {index}"
         f" WHERE sasl_username IN ({{logins}}) AND {DAY} GROUP BY login"
     )
     BOUNDED_SUM = (  # of one login's newest rows, so that a long history costs no more than a short one
-        "SELECT %s, SUM(recipient_count), COUNT(*) FROM (SELECT recipient_count FROM `{table}` {index}"
+        "SELECT %s, {found} FROM (SELECT ts, client_address, recipient_count FROM `{table}` {index}"
         f" WHERE sasl_username = %s AND {{login}} = %s AND {DAY} AND recipient_count > 0"
         " ORDER BY ts DESC LIMIT %s) AS newest"
+    )
+    TRACES = (
+        "SELECT client_address, sender, COUNT(*), CAST(COALESCE(SUM(recipient_count), 0) AS INT) AS recipients,"
+        " DATE_FORMAT(MIN(ts), '%%Y-%%m-%%d %%T'), DATE_FORMAT(MAX(ts), '%%Y-%%m-%%d %%T') FROM `{table}` {index}"
+        f" WHERE sasl_username = %s AND {{login}} = %s AND {DAY}"
+        " GROUP BY client_address, sender ORDER BY recipients DESC, client_address, sender LIMIT %s"
     )
     PURGE = "DELETE FROM `{table}` WHERE ts < CURRENT_TIMESTAMP(3) - INTERVAL %s DAY ORDER BY ts LIMIT %s"
 
@@ -818,6 +989,7 @@ class MariaDBRepository:
         self._where = f"table {settings.policy_table} of MariaDB database {settings.dbname}"
         self._table: tuple[Table, float] | None = None  # as last seen, and when
         self._long: set[str] = set()  # the logins whose history was last seen to be longer than needed
+        self._close: set[str] = set()  # those that last needed a closer look
 
     def __str__(self) -> str:
         return self._where
@@ -844,31 +1016,68 @@ class MariaDBRepository:
             values = [(ts, *event) for ts, event in zip(times, values)]
         query(connection, statement, [value for event in values for value in event])
 
-    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[int]:
+    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[Usage]:
         """See Repository."""
         return self._run(lambda connection: self._sum(connection, events, scope), deadline)
 
-    def _sum(self, connection: Connection[Any], events: Sequence[Event], scope: Scope) -> list[int]:
+    def _sum(self, connection: Connection[Any], events: Sequence[Event], scope: Scope) -> list[Usage]:
         table = self._look(connection)
         logins = [fit(event.sasl_username, table.columns[0]) for event in events]
-        rows = dict.fromkeys(logins, 0)
+        reaches: dict[str, Reach] = {}
         for login, event in zip(logins, events):
-            rows[login] = max(rows[login], scope.rows_of(event.sasl_username))
-        totals = dict.fromkeys(logins, 0)
-        bounded = [login for login in totals if table.force_index and login in self._long]
-        others = [login for login in totals if login not in bounded]
-        words = {"table": self._name, "index": table.force_index, "login": table.login}
-        parts = [self.BOUNDED_SUM.format(**words)] * len(bounded)
-        arguments = [value for login in bounded for value in (login, login, login, rows[login])]
-        if others:
-            parts.append(self.SUM.format(logins=", ".join(["%s"] * len(others)), **words))
-            arguments += others
-        for login, total, found in query(connection, " UNION ALL ".join(parts), arguments):
-            login = login.rstrip(" ")
-            if login in totals:
-                totals[login] = int(total or 0)
-                (self._long.add if found >= rows[login] else self._long.discard)(login)
+            reach = scope.of(event.sasl_username)
+            reaches[login] = reach.join(reaches.get(login, reach))  # an old table cuts several logins to one
+        totals = dict.fromkeys(logins, Usage(0))
+        asked = set(logins)
+        while asked:  # once, and again for those that turn out to need a closer look
+            rows = query(connection, *self._question(table, asked, reaches, scope))
+            answers = {login.rstrip(" "): Found(*found) for login, *found in rows}
+            again = set()
+            for login in asked & answers.keys():
+                found = answers[login]
+                totals[login] = found.usage()
+                (self._long.add if found.messages >= reaches[login].rows else self._long.discard)(login)
+                is_close = found.wants_a_closer_look(reaches[login], scope)
+                (self._close.add if is_close else self._close.discard)(login)
+                if is_close and found.of_hour is None:
+                    again.add(login)
+            asked = again
         return run_up(logins, events, totals)
+
+    def _question(
+        self, table: Table, logins: set[str], reaches: dict[str, Reach], scope: Scope
+    ) -> tuple[str, list[object]]:
+        """Return the statement that asks for `logins`, and its arguments."""
+        close = logins & self._close
+        if close and not table.force_index:
+            close = logins  # the whole table is read: once, not twice
+        extremes = self.EXTREMES if scope.window_s else "NULL, NULL"
+        parts: list[str] = []
+        arguments: list[object] = []
+        for group, found in ((logins - close, self.FOUND), (close, self.FOUND_CLOSELY)):
+            words = {
+                "table": self._name,
+                "index": table.force_index,
+                "login": table.login,
+                "found": found.format(extremes=extremes, window_s=scope.window_s),
+            }
+            bounded = group & self._long if table.force_index else set()
+            for login in bounded:
+                parts.append(self.BOUNDED_SUM.format(**words))
+                arguments += [login, login, login, reaches[login].rows]
+            others = group - bounded
+            if others:
+                parts.append(self.SUM.format(logins=", ".join(["%s"] * len(others)), **words))
+                arguments += others
+        return " UNION ALL ".join(parts), arguments
+
+    def traces(self, login: str) -> list[Trace]:
+        """See Repository."""
+        with self._patient_connection(TRACES_TIMEOUT_S) as connection:
+            table = self._look(connection)
+            login = fit(login, table.columns[0])
+            statement = self.TRACES.format(table=self._name, index=table.force_index, login=table.login)
+            return [Trace(*row) for row in query(connection, statement, (login, login, TRACES))]
 
     def check(self, deadline: float) -> str:
         """See Repository."""
@@ -952,10 +1161,10 @@ class MariaDBRepository:
                     raise RepositoryUnavailable(str(error)) from error
 
     @contextlib.contextmanager
-    def _patient_connection(self) -> Iterator[Connection[Any]]:
+    def _patient_connection(self, patience_s: float = DAY_S) -> Iterator[Connection[Any]]:
         """A connection of its own, for statements that take their time."""
-        connection = self._pool.connect(time.monotonic() + DAY_S, statement_timeout_s=0)
-        set_deadline(connection, time.monotonic() + DAY_S)
+        connection = self._pool.connect(time.monotonic() + patience_s, statement_timeout_s=0)
+        set_deadline(connection, time.monotonic() + patience_s)
         try:
             yield connection
         except pymysql.MySQLError as error:
@@ -975,14 +1184,25 @@ class SQLiteRepository:
             client_address TEXT NOT NULL,
             recipient_count INTEGER
         );
-        CREATE INDEX IF NOT EXISTS login_ts ON events (sasl_username, ts, recipient_count);
+        CREATE INDEX IF NOT EXISTS login_ts ON events (sasl_username, ts, recipient_count, client_address);
     """
     INSERT = (
         "INSERT INTO events (ts, sasl_username, sender, client_address, recipient_count) VALUES (?, ?, ?, ?, ?)"
     )
+    FOUND = "sum(recipient_count), count(*), NULL, NULL"
+    FOUND_CLOSELY = (
+        f"{FOUND}, sum(recipient_count * (ts > :hour)),"
+        " group_concat(DISTINCT CASE WHEN ts > :window THEN client_address END)"
+    )
     SUM = (
-        "SELECT SUM(recipient_count) FROM (SELECT recipient_count FROM events"
-        " WHERE sasl_username = ? AND ts > ? AND recipient_count > 0 ORDER BY ts DESC LIMIT ?)"
+        "SELECT {found} FROM (SELECT ts, client_address, recipient_count FROM events"
+        " WHERE sasl_username = :login AND ts > :day AND recipient_count > 0 ORDER BY ts DESC LIMIT :rows)"
+    )
+    TRACES = (
+        "SELECT client_address, sender, count(*), coalesce(sum(recipient_count), 0) AS recipients,"
+        " datetime(min(ts) / 1000, 'unixepoch', 'localtime'), datetime(max(ts) / 1000, 'unixepoch', 'localtime')"
+        " FROM events WHERE sasl_username = ? AND ts > ?"
+        " GROUP BY client_address, sender ORDER BY recipients DESC, client_address, sender LIMIT ?"
     )
     WRITE = "PRAGMA user_version = 1"  # the least that can be written: it finds a full disk
     OLD = "SELECT rowid FROM events WHERE ts < ? LIMIT ?"
@@ -1003,24 +1223,32 @@ class SQLiteRepository:
 
     def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
         """See Repository."""
-        times = times or [self._ms_ago(days=0)] * len(events)
+        times = times or [self._ms_ago(0)] * len(events)
         with self._connection() as connection:
             connection.executemany(self.INSERT, [(ts, *event) for ts, event in zip(times, events)])
         return set()
 
-    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[int]:
+    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[Usage]:
         """See Repository."""
         logins = [event.sasl_username for event in events]
         return run_up(logins, events, self.totals(logins, scope))
 
-    def totals(self, logins: Iterable[str], scope: Scope) -> dict[str, int]:
-        """Return each login's sum of 24 h."""
-        since = self._ms_ago(days=1)
-        totals = dict.fromkeys(logins, 0)
+    def totals(self, logins: Iterable[str], scope: Scope) -> dict[str, Usage]:
+        """Return each login's usage."""
+        is_close = scope.window_s or any(scope.of(login).hour_from < NEVER for login in logins)
+        statement = self.SUM.format(found=self.FOUND_CLOSELY if is_close else self.FOUND)
+        since = {"day": self._ms_ago(DAY_S), "hour": self._ms_ago(HOUR_S), "window": self._ms_ago(scope.window_s)}
+        totals = dict.fromkeys(logins, Usage(0))
         with self._connection() as connection:
             for login in totals:
-                totals[login] = connection.execute(self.SUM, (login, since, scope.rows_of(login))).fetchone()[0] or 0
+                arguments = {**since, "login": login, "rows": scope.of(login).rows}
+                totals[login] = Found(*connection.execute(statement, arguments).fetchone()).usage()
         return totals
+
+    def traces(self, login: str) -> list[Trace]:
+        """See Repository."""
+        with self._connection() as connection:
+            return [Trace(*row) for row in connection.execute(self.TRACES, (login, self._ms_ago(DAY_S), TRACES))]
 
     def check(self, deadline: float) -> str:
         """See Repository."""
@@ -1033,7 +1261,7 @@ class SQLiteRepository:
         deleted = 0
         while True:
             with self._connection() as connection:
-                old = connection.execute(self.OLD, (self._ms_ago(keep_days), PURGE_SLICE)).fetchall()
+                old = connection.execute(self.OLD, (self._ms_ago(keep_days * DAY_S), PURGE_SLICE)).fetchall()
                 connection.executemany(self.DELETE, old)
             deleted += len(old)
             if not old:
@@ -1059,8 +1287,8 @@ class SQLiteRepository:
         with self._connection() as connection:
             return int(connection.execute("SELECT COUNT(*) FROM events WHERE rowid > ?", (after,)).fetchone()[0])
 
-    def _ms_ago(self, days: int) -> int:
-        return int((self._clock() - days * DAY_S) * 1000)
+    def _ms_ago(self, seconds: int) -> int:
+        return int((self._clock() - seconds) * 1000)
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
@@ -1096,7 +1324,7 @@ def open_repository(settings: Settings) -> Repository:
 
 # ---- recorder: group commit and outage journal; it knows neither SQL nor Postfix -----------------------------
 
-OnSum = Callable[[Optional[int]], None]
+OnSum = Callable[[Optional[Usage]], None]
 Batch = list[tuple[Event, OnSum]]
 
 
@@ -1111,6 +1339,7 @@ class Journal:
     def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
         self._file = SQLiteRepository(path, clock)
         self._memory = SQLiteRepository(":memory:", clock)
+        self._clock = clock
         self._replayed = 0  # row id in the file up to which the store has all, though it could not be deleted
         self._path = path
         self.place = path  # where the last event went
@@ -1152,16 +1381,16 @@ class Journal:
                 return len(kept)
         return 0
 
-    def totals(self, logins: Sequence[str], scope: Scope) -> dict[str, int]:
-        """Return what the journal holds of each login's last 24 h."""
+    def totals(self, logins: Sequence[str], scope: Scope) -> dict[str, Usage]:
+        """Return what the journal holds of each login."""
         totals = self._memory.totals(logins, scope)
         with contextlib.suppress(RepositoryUnavailable):
-            for login, recipients in self._file.totals(logins, scope).items():
-                totals[login] += recipients
+            for login, usage in self._file.totals(logins, scope).items():
+                totals[login] = totals[login].plus(usage)
         return totals
 
-    def replay(self, repository: Repository, deadline: float) -> list[Event]:
-        """Move the oldest slice to `repository`, with its times, and return it; raises as `repository` does."""
+    def replay(self, repository: Repository, deadline: float) -> list[tuple[float, Event]]:
+        """Move the oldest slice to `repository`, with its times; return age in s and event; raises as `repository`."""
         slice_: list[tuple[int, int, Event]] = []
         with contextlib.suppress(RepositoryUnavailable):
             slice_ = self._file.first(REPLAY_SLICE, self._replayed)
@@ -1178,31 +1407,42 @@ class Journal:
                 log.error(f"{len(slice_)} events are counted twice until the journal can be written: {error}")
             if store is self._file:
                 self._replayed = last
-        return events
+        now = self._clock()
+        return [(now - ts / 1000, event) for _, ts, event in slice_]
 
 
-class LastKnownSums:
-    """The store's own sums as last seen, for the time of an outage: at most a day old, at most 100,000 logins."""
+class LastKnown:
+    """The store's own usages as last seen, for the time of an outage: at most a day old, at most 100,000 logins."""
 
     def __init__(self) -> None:
-        self._sums: collections.OrderedDict[str, tuple[int, float]] = collections.OrderedDict()
+        self._usages: collections.OrderedDict[str, tuple[Usage, float]] = collections.OrderedDict()
 
-    def put(self, login: str, recipients: int, now: float) -> None:
-        """Remember a sum."""
-        self._sums[login] = recipients, now
-        self._sums.move_to_end(login)
-        if len(self._sums) > LAST_KNOWN_SUMS:
-            self._sums.popitem(last=False)
+    def put(self, login: str, usage: Usage, now: float) -> None:
+        """Remember what was used."""
+        self._usages[login] = usage, now
+        self._usages.move_to_end(login)
+        if len(self._usages) > LAST_KNOWN_SUMS:
+            self._usages.popitem(last=False)
 
-    def add(self, events: Iterable[Event], now: float) -> None:
-        """Let the sums grow by `events`, which the store has taken since."""
-        for event in events:
-            self.put(event.sasl_username, self.get(event.sasl_username, now) + event.recipient_count, now)
+    def add(self, events: Iterable[tuple[float, Event]], scope: Scope, now: float) -> None:
+        """Let them grow by events of this age in s, which the store has taken since."""
+        for age_s, (login, _, client_address, recipients) in events:
+            more = Usage(
+                recipients,
+                recipients if age_s < HOUR_S else 0,
+                frozenset([client_address] if age_s < scope.window_s else []),
+            )
+            self.put(login, self.get(login, scope, now).plus(more), now)
 
-    def get(self, login: str, now: float) -> int:
-        """Return the sum, 0 if it is unknown or too old."""
-        recipients, seen = self._sums.get(login, (0, now))
-        return recipients if now - seen < DAY_S else 0
+    def get(self, login: str, scope: Scope, now: float) -> Usage:
+        """Return what was used, as far as it is known and not too old."""
+        usage, seen = self._usages.get(login, (Usage(0), now))
+        age_s = now - seen
+        return Usage(
+            usage.recipients if age_s < DAY_S else 0,
+            usage.of_hour if age_s < HOUR_S else 0,
+            usage.addresses if age_s < scope.window_s else frozenset(),
+        )
 
 
 @dataclasses.dataclass
@@ -1236,13 +1476,13 @@ class Recorder:
         self._repository = repository
         self._journal = journal
         self._journaled = 0  # events in the journal
-        self._last_known = LastKnownSums()
+        self._last_known = LastKnown()
         self._waiting: queue.SimpleQueue[tuple[Event, OnSum] | None] = queue.SimpleQueue()  # None: look around
         self._batch_began: float | None = None  # monotonic, like all times here
         self._away = threading.Event()  # set by the recorder's thread, cleared by the one that finds the store again
         self._outage: Outage | None = None  # until the journal is empty
         self._closing = threading.Event()
-        self._known: queue.SimpleQueue[tuple[Batch, Sequence[int | None]] | None] = queue.SimpleQueue()
+        self._known: queue.SimpleQueue[tuple[Batch, Sequence[Usage | None]] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
             for target, name in ((self._work, "recorder"), (self._tell_sums, "teller"), (self._find_store, "reconnect"))
@@ -1317,7 +1557,7 @@ class Recorder:
             self._tell(*known)
 
     @staticmethod
-    def _tell(batch: Batch, sums: Sequence[int | None]) -> None:
+    def _tell(batch: Batch, sums: Sequence[Usage | None]) -> None:
         for (_, on_sum), recipients in zip(batch, sums):
             try:
                 on_sum(recipients)
@@ -1337,7 +1577,7 @@ class Recorder:
                 item = self._waiting.get_nowait()
         return batch
 
-    def _commit(self, events: list[Event]) -> Sequence[int | None]:
+    def _commit(self, events: list[Event]) -> Sequence[Usage | None]:
         """Return the sums of one batch; None for what the store refused."""
         if not self._away.is_set():
             deadline = time.monotonic() + BATCH_DEADLINE_S
@@ -1353,29 +1593,29 @@ class Recorder:
         self._journaled += len(events)
         return self._sums_in_outage(events)
 
-    def _sums(self, events: list[Event], deadline: float) -> list[int]:
+    def _sums(self, events: list[Event], deadline: float) -> list[Usage]:
         """Return the sums of `events`, which the store has taken."""
         now = time.monotonic()
         try:
             sums = self._repository.sum_recipients(events, self.scope, deadline) if events else []
         except Exception as error:
             self._begin_outage(error)
-            self._last_known.add(events, now)
+            self._last_known.add([(0.0, event) for event in events], self.scope, now)
             return self._sums_in_outage(events)
-        for event, recipients in zip(events, sums):
-            self._last_known.put(event.sasl_username, recipients, now)
+        for event, usage in zip(events, sums):
+            self._last_known.put(event.sasl_username, usage, now)
         if not self._journaled:
             return sums
         waiting = self._journal.totals([event.sasl_username for event in events], self.scope)
-        return [recipients + waiting[event.sasl_username] for event, recipients in zip(events, sums)]
+        return [usage.plus(waiting[event.sasl_username]) for event, usage in zip(events, sums)]
 
-    def _sums_in_outage(self, events: list[Event]) -> list[int]:
+    def _sums_in_outage(self, events: list[Event]) -> list[Usage]:
         """Return the last known sums plus the journal's: one of them has `events` already."""
         now = time.monotonic()
         logins = [event.sasl_username for event in events]
         totals = self._journal.totals(logins, self.scope)
         for login in totals:
-            totals[login] += self._last_known.get(login, now)
+            totals[login] = totals[login].plus(self._last_known.get(login, self.scope, now))
         return run_up(logins, events, totals)
 
     def _look_at_stores(self) -> None:
@@ -1420,7 +1660,7 @@ class Recorder:
             moved = self._journal.replay(self._repository, time.monotonic() + BATCH_DEADLINE_S)
         except Exception as error:
             return self._begin_outage(error)
-        self._last_known.add(moved, time.monotonic())
+        self._last_known.add(moved, self.scope, time.monotonic())
         self._outage.replayed += len(moved)
         self._journaled -= len(moved)
         if not moved:
@@ -1442,6 +1682,173 @@ def purge_daily(repository: Repository, keep_days: Callable[[], int], closing: t
         else:
             pause = DAY_S
             log.info(f"purged {deleted} events older than {days} days")
+
+
+# ---- notices: a mail to a human when a login is held; nobody waits for it -------------------------------------
+
+
+def replace_file(path: str, text: str, mode: int) -> None:
+    """Write a file in such a way that nobody ever reads half of it; raises OSError."""
+    new = f"{path}.new"
+    with open(new, "w", encoding="utf-8") as file:
+        os.fchmod(file.fileno(), mode)
+        file.write(text)
+    os.replace(new, path)
+
+
+@dataclasses.dataclass
+class Case:
+    """A login that is being held or refused."""
+
+    login: str
+    rule: str  # with its figures, as in the log
+    began: float  # seconds since 1970
+    recipients: int = 0  # of the last 24 h, as last seen
+    queue_ids: list[str] = dataclasses.field(default_factory=list)  # of what was held so far
+
+    def headline(self) -> str:
+        """Return the case on one line fit for a header: of what a client chose, only harmless letters."""
+        login = re.sub("[^A-Za-z0-9._@+-]", "?", self.login)[:64]
+        return f"{login} on {os.uname().nodename}: {self.rule}"
+
+
+def describe(case: Case, traces: Sequence[Trace] | None, settings_file: str) -> str:
+    """Return the text of a mail about one login; `traces` is None when the database is away."""
+    login = shlex.quote(printable(case.login))
+    lines = [
+        f"Mail of {printable(case.login)} is stopped since {local_time(case.began)}: {case.rule}.",
+        f"Recipients of the last 24 hours: {case.recipients}.",
+        f"Held so far: {' '.join(map(printable, case.queue_ids)) or 'nothing'}.",
+        "",
+    ]
+    if traces is None:
+        lines += ["From where is not known: the database is away.", ""]
+    else:
+        lines += ["Networks, client addresses and senders, the most recipients first:", ""]
+    by_network: dict[str, list[Trace]] = {}
+    for trace in traces or ():
+        by_network.setdefault(network_of(trace.client_address, NOBODY) or "no network", []).append(trace)
+    for network, those in by_network.items():
+        lines.append(f"{network}: {sum(trace.recipients for trace in those)} recipients")
+        lines += [
+            f"    {printable(trace.client_address)}: {trace.recipients} recipients in {trace.messages} messages"
+            f" from {trace.first} to {trace.last}, sender <{printable(trace.sender)}>"
+            for trace in those
+        ]
+    blacklist = shlex.quote(f"blacklist={printable(case.login)}")
+    lines += [
+        "",
+        "Look:            policyd-user.sh " + login,
+        "                 policyd-held.sh " + login,
+        f"An honest user:  policyd-held.sh release {login} --yes",
+        f"                 policyd-user.sh {login} --forgive --yes",
+        f"A thief:         policyd-held.sh delete {login} --yes",
+        f"                 echo {blacklist} >>{shlex.quote(settings_file)} && systemctl reload policyd",
+        "                 and a new password",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def post(subject: str, text: str, settings: Settings) -> None:
+    """Hand a mail to the first of the mail servers that takes it; raises OSError (smtplib's errors are some)."""
+    host = os.uname().nodename
+    mail = email.message.EmailMessage()
+    mail["From"] = settings.notify_from or f"policyd@{host}"
+    mail["To"] = settings.notify
+    mail["Subject"] = subject
+    mail["Date"] = email.utils.localtime()
+    mail["Message-ID"] = email.utils.make_msgid(domain=host)
+    mail["Auto-Submitted"] = "auto-generated"
+    mail.set_content(text)
+    failures = []
+    for server, port in settings.notify_server:
+        try:
+            with smtplib.SMTP(server, port or 25, local_hostname=host, timeout=MAIL_TIMEOUT_S) as smtp:
+                smtp.send_message(mail)
+                return
+        except OSError as error:
+            failures.append(f"{server}: {error}")
+    raise OSError("; ".join(failures))
+
+
+class Notices:
+    """Mails a human when a login is held or refused, the first time in 24 h.  Thread-safe; nobody waits for it."""
+
+    def __init__(self, path: str, repository: Repository, settings: Callable[[], Settings], settings_file: str) -> None:
+        self._path = path  # who was mailed about, and when: known also after a restart
+        self._repository = repository
+        self._settings = settings
+        self._settings_file = settings_file
+        self._cases: dict[str, Case] = {}  # of the last 24 h
+        self._new: queue.SimpleQueue[Case] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards _cases
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+            self._cases = {login: Case(login, "", float(began)) for login, began in json.load(file).items()}
+        self._mailed = {login: case.began for login, case in self._cases.items()}
+
+    def note(self, login: str, rule: str, recipients: int, held_queue_id: str) -> None:
+        """Take note of a message that was held (as `held_queue_id`, if that is not empty) or refused."""
+        now = time.time()
+        with self._lock:
+            case = self._cases.get(login)
+            if case is None or now - case.began >= DAY_S:
+                self._cases = {known: other for known, other in self._cases.items() if now - other.began < DAY_S}
+                case = self._cases[login] = Case(login, rule, now)
+                self._new.put(case)
+            case.recipients = recipients
+            if held_queue_id and len(case.queue_ids) < MAILED_QUEUE_IDS:
+                case.queue_ids.append(held_queue_id)
+
+    def mail(self, closing: threading.Event) -> None:
+        """Mail case by case; beyond so many an hour the rest together when the hour is over.  Ends with `closing`."""
+        sent: collections.deque[float] = collections.deque(maxlen=MAILS_AN_HOUR)
+        waiting: list[Case] = []
+        while not closing.is_set():
+            full_for_s = sent[0] + HOUR_S - time.monotonic() if len(sent) == MAILS_AN_HOUR else 0.0
+            with contextlib.suppress(queue.Empty):
+                waiting.append(self._new.get(timeout=max(0.0, full_for_s) if waiting else None))
+            if waiting and (len(sent) < MAILS_AN_HOUR or time.monotonic() - sent[0] >= HOUR_S):
+                if self._deliver(waiting, closing):
+                    sent.append(time.monotonic())
+                waiting = []
+
+    def _deliver(self, cases: list[Case], closing: threading.Event) -> bool:
+        """Mail about `cases`; tell whether it was possible within an hour."""
+        give_up = time.monotonic() + GIVE_UP_MAIL_S
+        complaint = ""
+        while True:
+            try:
+                post(*self._letter(cases), self._settings())
+            except OSError as error:
+                if complaint != str(error):
+                    complaint = str(error)
+                    log.warning(f"no notice of {cases[0].headline()}: {complaint}; trying again for an hour")
+                if closing.wait(RETRY_MAIL_S) or time.monotonic() > give_up:
+                    log.error(f"gave up the notice of {', '.join(case.headline() for case in cases)}")
+                    return False
+            else:
+                self._remember(cases)
+                return True
+
+    def _letter(self, cases: list[Case]) -> tuple[str, str]:
+        """Return subject and text."""
+        if len(cases) > 1:
+            looks = [f"{case.headline()}\n    policyd-user.sh {shlex.quote(printable(case.login))}\n" for case in cases]
+            return f"policyd: {len(cases)} more logins", "".join(looks)
+        traces = None
+        with contextlib.suppress(RepositoryUnavailable):
+            traces = self._repository.traces(cases[0].login)
+        return f"policyd: {cases[0].headline()}", describe(cases[0], traces, self._settings_file)
+
+    def _remember(self, cases: list[Case]) -> None:
+        since = time.time() - DAY_S
+        self._mailed.update((case.login, case.began) for case in cases)
+        self._mailed = {login: began for login, began in self._mailed.items() if began > since}
+        try:
+            replace_file(self._path, json.dumps(self._mailed), 0o600)
+        except OSError as error:
+            log.warning(f"after a restart a second notice may come: {error}")
 
 
 # ---- server: connections in, answers out ---------------------------------------------------------------------
@@ -1478,6 +1885,20 @@ class RecentAnswers:
             self._settled.notify_all()
 
 
+def judge(usage: Usage, limits: Limits, settings: Settings) -> tuple[str, str]:
+    """Return the decision, and the rule it follows from as the log has it."""
+    networks = len(networks_of(usage.addresses, settings.trusted_network)) if settings.max_networks else 0
+    decision = decide(usage.recipients, *limits, usage.of_hour, networks, settings.max_networks or NEVER)
+    if decision == DUNNO:
+        return DUNNO, ""
+    if decision == HOLD_NETWORKS:
+        return decision, f"fanout ({networks}>{settings.max_networks})"
+    if decision == HOLD_HOUR:
+        return decision, f"hourquota ({usage.of_hour}>{limits.hour})"
+    limit = limits.reject_in_words() if decision == REJECT else limits.hold_at
+    return decision, f"overquota ({usage.recipients}>{limit})"
+
+
 def answer_of(decision: str, settings: Settings) -> str:
     """Return the access(5) action with which Postfix is told of a decision."""
     if settings.mode == "audit":
@@ -1498,8 +1919,8 @@ class Figures:
     """What has been answered, for the status line and the file of figures.  Thread-safe."""
 
     def __init__(self) -> None:
-        self.answered: collections.Counter[str] = collections.Counter()  # by action, since the start
-        self.spared: collections.Counter[str] = collections.Counter()  # held or refused, were it not for mode=audit
+        self.answered = {"DUNNO": 0, "HOLD": 0, "REJECT": 0}  # since the start
+        self.spared = {"HOLD": 0, "REJECT": 0}  # what would have been held or refused, were it not for mode=audit
         self._held: dict[str, float] = {}  # when a login was last held or refused, if it was so the last time
         self._times: collections.Counter[int] = collections.Counter()  # this minute's, by the time taken, logarithmic
         self._last_minute = self._times
@@ -1535,7 +1956,7 @@ class Figures:
             self._last_minute, self._times = self._times, collections.Counter()
 
     def p99_s(self) -> float:
-        """Return the time that 99 % of the last minute's answers kept to; 0 if there were none."""
+        """Return the time that 99 % of the answers kept to: of the last minute, if it had any, or of this one."""
         with self._lock:
             times = sorted((self._last_minute or self._times).items())
         beyond = sum(count for _, count in times) // 100
@@ -1549,8 +1970,9 @@ class Figures:
 class Policy:
     """Answers requests: the lists, the recorder, the decision and the log line, in this order.  Thread-safe."""
 
-    def __init__(self, settings: Settings, recorder: Recorder) -> None:
+    def __init__(self, settings: Settings, recorder: Recorder, notices: Notices | None = None) -> None:
         self.settings = settings  # replaced whole by a reload
+        self._notices = notices
         self.figures = Figures()
         self._recorder = recorder
         self._recent = RecentAnswers()
@@ -1598,29 +2020,35 @@ class Policy:
         if settings.blacklist.holds(names, event.client_address):
             log.info(f"{said(HOLD_BLACKLISTED, settings)} blacklisted user: {message}{queue_id}")
             self.figures.note(login, HOLD_BLACKLISTED, settings.mode == "audit")
+            self._notify(login, HOLD_BLACKLISTED, "blacklisted", 0, request, settings)
             return reply(answer_of(HOLD_BLACKLISTED, settings))
         if settings.whitelist.holds(names, event.client_address) and in_office_hours(
             time.localtime(), settings.whitelist_days, settings.whitelist_hours
         ):
             log.info(f"skipping whitelisted user: {message}")
             return reply(DUNNO)
-        limits = settings.limits_of(login)
 
-        def on_sum(recipients: int | None) -> None:
-            if recipients is None:
+        def on_sum(usage: Usage | None) -> None:
+            if usage is None:
                 return reply(DUNNO)
-            decision = decide(recipients, limits.hold_at, limits.reject_at)
-            reply(answer_of(decision, settings))
+            decision, rule = judge(usage, settings.limits_of(login), settings)
             self.figures.note(login, decision, settings.mode == "audit")
-            log.info(f"Updating db: {message}/{recipients}")
+            reply(answer_of(decision, settings))
+            log.info(f"Updating db: {message}/{usage.recipients}")
             if decision != DUNNO:
-                limit = limits.reject_in_words() if decision == REJECT else limits.hold_at
                 log.info(
-                    f"{said(decision, settings)} overquota ({recipients}>{limit}) for user {login}"
+                    f"{said(decision, settings)} {rule} for user {login}"
                     f" using {event.sender} from ip [{event.client_address}]{queue_id}"
                 )
+                self._notify(login, decision, rule, usage.recipients, request, settings)
 
         self._recorder.record(event, on_sum)
+
+    def _notify(
+        self, login: str, decision: str, rule: str, recipients: int, request: PolicyRequest, settings: Settings
+    ) -> None:
+        if self._notices and settings.notify and settings.mode != "audit":
+            self._notices.note(login, rule, recipients, "" if decision == REJECT else request.queue_id[:KEPT_TEXT])
 
 
 class RequestStream(io.RawIOBase):
@@ -1831,15 +2259,6 @@ def notify(*lines: str) -> None:
         systemd.send("\n".join(lines).encode())
 
 
-def replace_file(path: str, text: str) -> None:
-    """Write a file that everybody may read, so that nobody ever reads half of it; raises OSError."""
-    new = f"{path}.new"
-    with open(new, "w", encoding="ascii") as file:
-        os.fchmod(file.fileno(), 0o644)
-        file.write(text)
-    os.replace(new, path)
-
-
 def stay_on_one_processor() -> None:
     """Keep all threads on one processor, which doubles what a busy daemon answers.
 
@@ -1854,9 +2273,15 @@ def scope_of(settings: Settings) -> Scope:
 
     Each has a recipient at least.  Those of a batch are on top: running sums are computed back from the last one.
     """
-    rows = settings.limits_of("").reject_at + BATCH_EVENTS
-    own_rows = {login: limits.reject_at + BATCH_EVENTS for login, limits in settings.quota.items()}
-    return Scope(rows, {login: own for login, own in own_rows.items() if rows < own < NEVER})
+    everybody = settings.limits_of("")
+    return Scope(
+        Reach(everybody.decisive() + BATCH_EVENTS, everybody.hour),
+        {
+            login: Reach(max(own.decisive(), everybody.decisive()) + BATCH_EVENTS, own.hour)
+            for login, own in settings.quota.items()
+        },
+        settings.networks_window if settings.max_networks else 0,
+    )
 
 
 class Daemon:
@@ -1871,7 +2296,13 @@ class Daemon:
         self._repository = open_repository(settings)
         journal = Journal(settings.state_file("journal.sqlite3"))
         self._recorder = Recorder(self._repository, journal, scope_of(settings))
-        self._policy = Policy(settings, self._recorder)
+        self._notices = Notices(
+            settings.state_file("notified.json"),
+            self._repository,
+            lambda: self._policy.settings,
+            settings_file or SETTINGS_FILE,
+        )
+        self._policy = Policy(settings, self._recorder, self._notices)
         self._server = PolicyServer(settings.bind, settings.port, self._policy)
         self._closing = threading.Event()
 
@@ -1882,6 +2313,7 @@ class Daemon:
         purging = (self._repository, lambda: self._policy.settings.keep_days, self._closing)
         threading.Thread(target=purge_daily, args=purging, daemon=True).start()
         threading.Thread(target=self.publish, daemon=True).start()
+        threading.Thread(target=self._notices.mail, args=(self._closing,), daemon=True).start()
         notify("READY=1", f"STATUS={self.status()}")
         pause = min(10.0, int(os.environ.get("WATCHDOG_USEC") or 20_000_000) / 2e6)  # half of what systemd allows
         while True:
@@ -1899,14 +2331,14 @@ class Daemon:
     def status(self) -> str:
         """Return the figures of the moment on one line."""
         figures, down_s = self._policy.figures, self._recorder.down_s()
-        answered, spared = figures.answered, figures.spared
+        answered, spared = figures.answered, any(figures.spared.values()) and figures.spared
         audit = f" (audit: {spared['HOLD']} would HOLD, {spared['REJECT']} would REJECT)" if spared else ""
-        since = "" if down_s is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - down_s))
+        database = "up" if down_s is None else f"down since {local_time(time.time() - down_s)}"
         return (
             f"{sum(answered.values())} requests: {answered['DUNNO']} DUNNO, {answered['HOLD']} HOLD,"
             f" {answered['REJECT']} REJECT{audit}; {figures.logins_held()} logins held;"
             f" {len(self._server.connections)} connections; p99 {figures.p99_s() * 1000:.1f} ms;"
-            f" database {f'down since {since}' if since else 'up'}, {self._recorder.journaled} events in the journal"
+            f" database {database}, {self._recorder.journaled} events in the journal"
         )
 
     def metrics(self) -> str:
@@ -1925,8 +2357,8 @@ class Daemon:
         lines = []
         for name, kind, about, value in samples:
             lines += [f"# HELP policyd_{name} {about}", f"# TYPE policyd_{name} {kind}"]
-            if isinstance(value, collections.Counter):
-                lines += [f'policyd_{name}{{answer="{word}"}} {value[word]}' for word in ("DUNNO", "HOLD", "REJECT")]
+            if isinstance(value, dict):
+                lines += [f'policyd_{name}{{answer="{answer}"}} {number}' for answer, number in value.items()]
             else:
                 lines.append(f"policyd_{name} {value}")
         return "\n".join([*lines, ""])
@@ -1937,7 +2369,7 @@ class Daemon:
         complaint = ""
         while True:
             try:
-                replace_file(path, self.metrics())
+                replace_file(path, self.metrics(), 0o644)
                 complaint = ""
             except OSError as error:
                 if complaint != str(error):
@@ -1958,8 +2390,8 @@ class Daemon:
             changed = new.differences(self._started_with)
             if changed:
                 log.warning(f"settings changed that need a restart: {', '.join(changed)}")
+            self._recorder.scope = scope_of(new)  # first: a higher quota needs to know more
             self._policy.settings = new
-            self._recorder.scope = scope_of(new)
             log.info(f"settings read again: {self._settings_file or 'there is no file'}")
         notify("READY=1", f"STATUS={self.status()}")
 

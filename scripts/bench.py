@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Measure policyd: requests per second, latency and CPU, beside a bare server in the same run.
 
+A second daemon on the same store has hourquota and max_networks on: what do they cost?
+
 usage: .venv/bin/python scripts/bench.py [--store mariadb|old-table|embedded] [--history ROWS] ...
 
 Starts a private MariaDB with its durable defaults (or uses the embedded store), the daemon with every log line
@@ -29,7 +31,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +44,7 @@ CONNECTIONS = (1, 16, 64)
 WARM_UP_S = 0.5
 ANSWER_TIMEOUT_S = 10
 LOGINS_WITH_HISTORY = 20_000
+EARLY_SIGNS = {"hourquota": "999999999", "max_networks": "10"}  # asked for, and never reached
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 REQUEST = """\
 request=smtpd_access_policy
@@ -215,15 +218,16 @@ def running_daemon(port: int, settings: dict[str, str]) -> Iterator[tuple[int, P
             shutil.rmtree(directory)
 
 
-def sums(database: Database | None, directory: Path) -> Counter[str]:
-    """Return what the store holds for each login."""
+def sums(database: Database | None, directories: Sequence[Path]) -> Counter[str]:
+    """Return what the store, or each daemon's own one, holds for each login."""
     statement = "SELECT sasl_username, SUM(recipient_count) FROM events GROUP BY sasl_username"
     if database:
-        rows = database.query(statement)
-    else:
+        return Counter({login: int(recipients) for login, recipients in database.query(statement)})
+    stored: Counter[str] = Counter()
+    for directory in directories:
         with contextlib.closing(sqlite3.connect(directory / "events.sqlite3")) as connection:
-            rows = connection.execute(statement).fetchall()
-    return Counter({login: int(recipients) for login, recipients in rows})
+            stored.update(dict(connection.execute(statement).fetchall()))
+    return stored
 
 
 def add_history(database: Database, rows: int) -> None:
@@ -251,43 +255,48 @@ class Row(NamedTuple):
     ratio: float
     daemon_s: float  # of CPU, for 1000 requests
     database_s: float
+    early_ratio: float  # requests/s with hourquota and max_networks on, of those with both off
 
 
 def measure(arguments: argparse.Namespace, database: Database | None) -> int:
     """Print the table; return 1 if anything was lost, doubled or not answered."""
-    port, bare_port = free_port(), free_port()
+    port, early_port, bare_port = free_port(), free_port(), free_port()
     logins = LOGINS_WITH_HISTORY if arguments.history else 1000
     answered: Counter[str] = Counter()
     errors = 0
     rows: dict[int, list[Row]] = {connections: [] for connections in CONNECTIONS}
     bare = BareServer(("127.0.0.1", bare_port), BareHandler)
-    daemon = running_daemon(port, database.settings() if database else {})
-    with child(bare.serve_forever), daemon as (pid, directory):
-        before = sums(database, directory)
+    settings = database.settings() if database else {}
+    daemon = running_daemon(port, settings)
+    early_daemon = running_daemon(early_port, {**settings, **EARLY_SIGNS})
+    with child(bare.serve_forever), daemon as (pid, directory), early_daemon as (_, early_directory):
+        before = sums(database, [])
         watched = [pid, *([database.server.pid] if database else [])]
         for connections in CONNECTIONS * arguments.rounds:
             bare_load = ask_from_processes(bare_port, connections, arguments.seconds, logins)
             began = [cpu_s(process) for process in watched]
             load = ask_from_processes(port, connections, arguments.seconds, logins)
             used = [cpu_s(process) - earlier for process, earlier in zip(watched, began)]
-            answered += load.answered
-            errors += load.errors + bare_load.errors
-            rows[connections].append(row_of(load, bare_load, arguments.seconds, used))
-        stored = sums(database, directory)
+            early_load = ask_from_processes(early_port, connections, arguments.seconds, logins)
+            answered += load.answered + early_load.answered
+            errors += load.errors + bare_load.errors + early_load.errors
+            rows[connections].append(row_of(load, bare_load, early_load, arguments.seconds, used))
+        stored = sums(database, [directory, early_directory])
     stored.subtract(before)
-    print("| connections | requests/s | p50 ms | p99 ms | of the bare server | CPU s per 1000: policyd | database |")
-    print("|--:|--:|--:|--:|--:|--:|--:|")
+    print("| connections | requests/s | p50 ms | p99 ms | of the bare server | CPU s per 1000: policyd | database"
+          " | with the early signs, of without |")
+    print("|--:|--:|--:|--:|--:|--:|--:|--:|")
     for connections, measured in rows.items():
         row = Row(*map(statistics.median, zip(*measured)))
         print(f"| {connections} | {row.per_s:.0f} | {row.p50_ms:.2f} | {row.p99_ms:.2f} | {row.ratio:.2f}"
-              f" | {row.daemon_s:.3f} | {row.database_s:.3f} |")
+              f" | {row.daemon_s:.3f} | {row.database_s:.3f} | {row.early_ratio:.2f} |")
     wrong = [login for login in stored if stored[login] != answered[login]]
     print(f"recipients answered: {sum(answered.values())}, stored: {sum(stored.values())};"
           f" logins with another sum: {len(wrong)}; errors: {errors}")
     return 1 if wrong or errors else 0
 
 
-def row_of(load: Load, bare_load: Load, seconds: float, used: list[float]) -> Row:
+def row_of(load: Load, bare_load: Load, early_load: Load, seconds: float, used: list[float]) -> Row:
     """Sum up one measurement; `used` are CPU seconds, those of the warm-up included."""
     thousands = len(load.latencies) / seconds * (seconds + WARM_UP_S) / 1000
     percentiles = statistics.quantiles(load.latencies, n=100)
@@ -298,6 +307,7 @@ def row_of(load: Load, bare_load: Load, seconds: float, used: list[float]) -> Ro
         ratio=len(load.latencies) / max(1, len(bare_load.latencies)),
         daemon_s=used[0] / thousands,
         database_s=used[1] / thousands if len(used) > 1 else 0.0,
+        early_ratio=len(early_load.latencies) / max(1, len(load.latencies)),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Callable
 
 from stores import WHOLE
 
-from policyd import Event, Journal, Recorder, Repository, RepositoryUnavailable, Scope, SQLiteRepository
+from policyd import Event, Journal, Recorder, Repository, RepositoryUnavailable, Scope, SQLiteRepository, Usage
 
 PATIENCE_S = 20  # for what comes at once, unless the machine is very busy
 
@@ -25,8 +25,8 @@ class Waiter:
         self.answers: list[int | None] = []
         recorder.record(recorded, self._on_sum)
 
-    def _on_sum(self, recipients: int | None) -> None:
-        self.answers.append(recipients)
+    def _on_sum(self, usage: Usage | None) -> None:
+        self.answers.append(usage and usage.recipients)
         self._answered.set()
 
     def sum(self) -> int | None:
@@ -51,7 +51,7 @@ class GatedRepository:
         assert self.gate.wait(PATIENCE_S)
         return self._store.insert(events, deadline, times)
 
-    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[int]:
+    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[Usage]:
         return self._store.sum_recipients(events, scope, deadline)
 
     def check(self, deadline: float) -> str:
@@ -100,7 +100,7 @@ class BreakableRepository(SQLiteRepository):
             self._pass("replay")
         return super().insert(events, deadline, times)
 
-    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[int]:
+    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[Usage]:
         self._pass("sum_recipients")
         return super().sum_recipients(events, scope, deadline)
 

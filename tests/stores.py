@@ -22,6 +22,7 @@ from policyd import (
     Journal,
     Log,
     MariaDBRepository,
+    Reach,
     Repository,
     Scope,
     Settings,
@@ -31,7 +32,7 @@ from policyd import (
 )
 
 EVERYTHING = 10**6  # rows to sum: more than any test has
-WHOLE = Scope(rows=EVERYTHING, own_rows={})
+WHOLE = Scope(Reach(EVERYTHING), {})
 Row = tuple[str, str, str, Union[int, None]]
 
 
@@ -42,12 +43,12 @@ def soon() -> float:
 
 def sums(repository: Repository, events: Sequence[Event], rows: int = EVERYTHING) -> list[int]:
     """Return the sums of events that have been inserted."""
-    return repository.sum_recipients(events, Scope(rows, {}), soon())
+    return [usage.recipients for usage in repository.sum_recipients(events, Scope(Reach(rows), {}), soon())]
 
 
 def totals(journal: Journal, *logins: str) -> dict[str, int]:
     """Return what the journal holds of each login."""
-    return journal.totals(logins, WHOLE)
+    return {login: usage.recipients for login, usage in journal.totals(logins, WHOLE).items()}
 
 
 def count(repository: Repository, *events: Event, rows: int = EVERYTHING) -> list[int]:

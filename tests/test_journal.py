@@ -31,20 +31,23 @@ from stores import sums as sums_of
 from policyd import (
     BATCH_EVENTS,
     DAY_S,
+    HOUR_S,
     LAST_KNOWN_SUMS,
     RETRY_DELAYS_S,
     Event,
     Journal,
-    LastKnownSums,
+    LastKnown,
     Outage,
+    Reach,
     Recorder,
     RepositoryUnavailable,
+    Scope,
     SQLiteRepository,
+    Usage,
 )
 
 BEGINS = "ERROR while UPDATING db: "
 ENDS = "ERROR while UPDATING db: over after "
-HOUR_S = 3600
 
 
 class Clock:
@@ -146,7 +149,7 @@ def test_an_event_leaves_it_only_when_the_store_has_it(path: Path, store: Breaka
             return refused
 
     store.broken = frozenset()
-    assert journal.replay(Watched(store), soon()) == [event("anna", 1), event("anna", 2)]
+    assert [moved for _, moved in journal.replay(Watched(store), soon())] == [event("anna", 1), event("anna", 2)]
     assert len(Journal(str(path))) == 1
 
 
@@ -162,7 +165,7 @@ def test_a_slice_that_cannot_be_deleted_is_replayed_once(
         assert all("counted twice until the journal can be written" in error for error in logged.errors())
     journal.insert([event("anna", 4)])
     assert len(journal) == 1
-    assert journal.replay(store, soon()) == [event("anna", 4)]
+    assert [moved for _, moved in journal.replay(store, soon())] == [event("anna", 4)]
     assert [recipients for _, _, recipients in times(store)] == [1, 2, 3, 4]
     assert Journal(str(path)).look() == 0
 
@@ -206,29 +209,45 @@ def test_what_is_in_memory_is_replayed_too(tmp_path: Path, store: BreakableRepos
     clock = Clock()
     journal = Journal(str(tmp_path / "missing" / "journal.sqlite3"), clock)
     journal.insert([event("anna", 3)])
-    assert journal.replay(store, soon()) == [event("anna", 3)]
+    assert journal.replay(store, soon()) == [(0, event("anna", 3))]
     assert journal.replay(store, soon()) == []
     assert times(store) == [(int(clock.now * 1000), "anna", 3)]
     assert len(logged.errors()) == 1
 
 
-def test_the_last_known_sums_are_those_of_a_day() -> None:
-    known = LastKnownSums()
-    known.put("anna", 7, 1000)
-    assert known.get("anna", 1000 + DAY_S - 1) == 7
-    assert known.get("anna", 1000 + DAY_S) == 0
-    assert known.get("bert", 1000) == 0
-    known.add([event("anna", 2), event("bert", 3), event("anna", 1)], 1001)
-    assert (known.get("anna", 1001), known.get("bert", 1001)) == (10, 3)
+WATCHFUL = Scope(Reach(10, 1), {}, window_s=1800)
 
 
-def test_the_last_known_sums_are_those_of_the_last_100_000_logins() -> None:
-    known = LastKnownSums()
+def test_what_is_known_of_a_login_is_forgotten_when_its_time_is_over() -> None:
+    """The sum after a day, that of the hour after an hour, the addresses after their window."""
+    known = LastKnown()
+    used = Usage(7, 5, frozenset(["192.0.2.1"]))
+    known.put("anna", used, 1000)
+    assert known.get("anna", WATCHFUL, 1000 + 1799) == used
+    assert known.get("anna", WATCHFUL, 1000 + 1800) == Usage(7, 5)
+    assert known.get("anna", WATCHFUL, 1000 + HOUR_S) == Usage(7)
+    assert known.get("anna", WATCHFUL, 1000 + DAY_S - 1) == Usage(7)
+    assert known.get("anna", WATCHFUL, 1000 + DAY_S) == known.get("bert", WATCHFUL, 1000) == Usage(0)
+
+
+def test_what_the_store_took_since_adds_to_what_is_known_as_far_as_it_is_new_enough() -> None:
+    known = LastKnown()
+    known.put("anna", Usage(7, 5, frozenset(["192.0.2.1"])), 1000)
+    ages = [0.0, 1800.0, HOUR_S]
+    known.add([(age, event("anna", 2, address=f"192.0.2.{n}")) for n, age in enumerate(ages, start=2)], WATCHFUL, 1001)
+    known.add([(0.0, event("bert", 3))], WATCHFUL, 1001)
+    assert known.get("anna", WATCHFUL, 1001) == Usage(13, 9, frozenset(["192.0.2.1", "192.0.2.2"]))
+    assert known.get("bert", WATCHFUL, 1001) == Usage(3, 3, frozenset(["192.0.2.1"]))
+
+
+def test_the_last_100_000_logins_are_known() -> None:
+    known = LastKnown()
     for n in range(LAST_KNOWN_SUMS):
-        known.put(f"user{n}", 5, 0)
-    known.put("user0", 6, 0)
-    known.put("one more", 7, 0)
-    assert [known.get(login, 1) for login in ("user0", "user1", "user2", "one more")] == [6, 0, 5, 7]
+        known.put(f"user{n}", Usage(5), 0)
+    known.put("user0", Usage(6), 0)
+    known.put("one more", Usage(7), 0)
+    known_of = [known.get(login, WATCHFUL, 1) for login in ("user0", "user1", "user2", "one more")]
+    assert known_of == [Usage(6), Usage(0), Usage(5), Usage(7)]
 
 
 def test_a_store_is_looked_for_less_and_less_often() -> None:

@@ -158,7 +158,7 @@ def settings_to(store: Store, tmp_path: Path) -> dict[str, str]:
 def test_a_quota_above_the_default_sums_as_far_as_it_needs(store: Store, tmp_path: Path, policyd: Start) -> None:
     """Of a long history of somebody else only as much is summed as decides for defaultquota."""
     own = 1000
-    assert own > scope_of(Settings(defaultquota=1)).rows
+    assert own > scope_of(Settings(defaultquota=1)).everybody.rows
     store.add([("busy", "", "", 1), ("robot", "", "", 1)] * (own - 4), age_s=60)
     daemon = policyd(defaultquota=1, quota=[f"busy:{own}", "robot:unlimited"], **settings_to(store, tmp_path))
     for reached in (997, 998, 999):
@@ -198,7 +198,7 @@ def test_of_a_batch_with_both_the_one_who_needs_more_of_the_history_gets_it(
     batch = sorted(both, key=lambda each: each.sasl_username == last)
     assert store.repository.insert(batch, soon()) == set()
     for _ in range(2):  # that the history is long is known from the first time on
-        assert store.repository.sum_recipients(batch, scope, soon()) == [901, 902]
+        assert [usage.recipients for usage in store.repository.sum_recipients(batch, scope, soon())] == [901, 902]
 
 
 LOGINS = ["students-union", "students-office", "bert"]  # of the old table's 8 characters two are the same
@@ -254,7 +254,7 @@ def test_a_bounded_sum_never_changes_an_answer_whoever_has_which_quota(
         return [decide(reached, each.hold_at, each.reject_at) for reached, each in zip(sums, limits)]
 
     for _ in range(2):  # that a history is long is known from the first time on
-        found = store.repository.sum_recipients(batch, scope_of(settings), soon())
+        found = [usage.recipients for usage in store.repository.sum_recipients(batch, scope_of(settings), soon())]
         assert answers(found) == answers(exact)
         assert all(low <= high for low, high in zip(found, exact))
 

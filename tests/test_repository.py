@@ -232,7 +232,7 @@ def test_a_bounded_sum_never_changes_an_answer(
     store: Store, quota: int, history: list[Run], shape: list[tuple[int, int]], mixed: random.Random
 ) -> None:
     store.clear()
-    rows = scope_of(Settings(defaultquota=quota)).rows
+    rows = scope_of(Settings(defaultquota=quota)).everybody.rows
     counts = [run.recipients for run in history for _ in range(run.length)]
     if counts:
         store.add([("anna", "", "", recipients) for recipients in counts], age_s=60)

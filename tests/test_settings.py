@@ -244,7 +244,7 @@ def test_the_place_of_the_files_is_var_lib_if_writable_else_here(
 # ---- mistakes -------------------------------------------------------------------------------------
 
 NO_NETWORK = "not a network; give ADDRESS/PREFIX, for example 192.0.2.0/24 or 2001:db8::/32"
-NO_QUOTA = "give LOGIN:N or LOGIN:unlimited, for example newsletter:20000"
+NO_QUOTA = "give LOGIN:N, LOGIN:unlimited or LOGIN:DAY:HOUR, for example newsletter:20000"
 NO_MESSAGE = "give at most 200 characters, all of them ASCII"
 NO_ADDRESS = "give a mail address, for example helpdesk@example.org"
 MISTAKES = {
