@@ -18,24 +18,28 @@ hand, start `python3 policyd.py` and paste this into `nc 127.0.0.1 9093`; the an
 
 What it answers, where the sum is the user's recipients of the last 24 hours, this message included:
 
-    sum >= 2 x quota     REJECT max quota exceeded       the client gets 554
-    sum >= quota         HOLD quota exceeded             accepted, and waits in the hold queue
-    else                 DUNNO                           goes on to the next restriction
+    sum >= 2 x quota         REJECT max quota exceeded       the client gets 554
+    sum >= quota             HOLD quota exceeded             accepted, and waits in the hold queue
+    the last hour's >= its   HOLD hour quota exceeded        the same (if hourquota is set)
+    networks > max_networks  HOLD too many networks          the same (if max_networks is set)
+    else                     DUNNO                           goes on to the next restriction
 
 A login, sender or client address on the blacklist is held at any time; one on the whitelist is let
 through, uncounted, in office hours; mail without a login (inbound mail) is none of our business.
+With mode=audit the answer is always DUNNO, and the log says what it would have been.
 
 When the database is away, mail flows and the quota holds: events go to a journal, which is moved to the
 database when one of the servers of `dbhost` is back.  Without any `db...` setting the events are kept in an
 embedded SQLite file instead, and nothing but Python is needed.
 
-Files:    /etc/postfix/policyd.cfg (settings); in `statedir` journal.sqlite3 and events.sqlite3 (the embedded store).
+Files:    /etc/postfix/policyd.cfg (settings); in `statedir` journal.sqlite3, events.sqlite3 (the embedded store),
+          policyd.prom (figures for Prometheus) and notified.json (about whom a human has had a mail).
 Signals:  HUP reads the settings again, TERM and INT answer what has been asked and end, USR1 logs a status.
 Status:   0, 1 (cannot listen, database not usable in --check), 78 (a mistake in the settings).
 Log:      syslog, facility daemon, tag policyd.
 
 The sections below, each of which uses only those above it:
-names, log, settings, protocol, decision, storage, recorder, server, process.
+names, log, settings, protocol, decision, storage, recorder, notices, server, process.
 """
 
 from __future__ import annotations
@@ -305,17 +309,18 @@ def read_message(text: str) -> str:
 
 def read_address(text: str) -> str:
     """Read a mail address, lower-cased."""
-    if not re.fullmatch(r"[^@<>,\s]+@[^@<>,\s]+", text):
+    if not text.isascii() or not re.fullmatch(r"[^@<>,\s]+@[^@<>,\s]+", text):
         raise ValueError("give a mail address, for example helpdesk@example.org")
     return text.lower()
 
 
 def read_quota(text: str) -> tuple[str, int, int | None]:
     """Read LOGIN:DAY or LOGIN:DAY:HOUR, a login and its quotas; the second one is None if it is not given."""
-    match = re.fullmatch(r"([^@\s]\S*?):([0-9]{1,9}|unlimited)(?::([0-9]{1,9}))?", text.lower())
+    match = re.fullmatch(r"([^@\s]\S*?):([0-9]{1,9}|unlimited)(?::([0-9]{1,9}|unlimited))?", text.lower())
     if not match:
         raise ValueError("give LOGIN:N, LOGIN:unlimited or LOGIN:DAY:HOUR, for example newsletter:20000")
-    return match[1], NEVER if match[2] == "unlimited" else int(match[2]), int(match[3]) if match[3] else None
+    day, hour = (NEVER if limit == "unlimited" else int(limit) for limit in (match[2], match[3] or "0"))
+    return match[1], day, hour if match[3] else None
 
 
 def read_window(text: str) -> int:
@@ -345,6 +350,15 @@ def read_servers(text: str) -> tuple[tuple[str, int | None], ...]:
     if not servers:
         raise ValueError("give a server")
     return tuple(servers)
+
+
+def read_mail_servers(text: str) -> tuple[tuple[str, int | None], ...]:
+    """Read `host`, `host:port` or `[IPv6]:port`, several with commas or spaces between."""
+    servers = read_servers(text)
+    for host, _ in servers:
+        if host.startswith("/"):
+            raise ValueError(f"{host} is not a mail server; give host, host:port or [IPv6]:port")
+    return servers
 
 
 def read_list_entry(text: str) -> str | Network:
@@ -433,7 +447,7 @@ class Settings:
     keep_days: int = setting(7, read_number(2, 36_500))
     notify: str = setting("", read_address)
     notify_from: str = setting("", read_address)
-    notify_server: tuple[tuple[str, int | None], ...] = setting((("127.0.0.1", 25),), read_servers)
+    notify_server: tuple[tuple[str, int | None], ...] = setting((("127.0.0.1", 25),), read_mail_servers)
     dbhost: tuple[tuple[str, int | None], ...] = setting((), read_servers, restart=True)
     dbport: int = setting(3306, read_number(1, 65535), restart=True)
     dbname: str = setting("", str, restart=True)
@@ -519,11 +533,14 @@ class Settings:
         except ValueError as error:
             raise ValueError(f"{key}={text}: {error}") from error
 
+    @functools.cached_property
+    def everybody(self) -> Limits:
+        """The limits of a login without a quota of its own."""
+        return Limits(self.defaultquota, self.rejectquota or 2 * self.defaultquota, self.hourquota or NEVER)
+
     def limits_of(self, login: str) -> Limits:
-        """Return the limits of a login: those of a quota of its own, or everybody's."""
-        return self.quota.get(login) or Limits(
-            self.defaultquota, self.rejectquota or 2 * self.defaultquota, self.hourquota or NEVER
-        )
+        """Return the limits of a login."""
+        return self.quota.get(login, self.everybody)
 
     def listens_on(self) -> str:
         """Return the address as Postfix spells it."""
@@ -700,7 +717,7 @@ class Usage(NamedTuple):
     """What a login has used up, the message in question included."""
 
     recipients: int  # of the last 24 h
-    of_hour: int = 0  # recipients of the last hour, or more if it does not matter yet
+    of_hour: int = 0  # recipients of the last hour, or of 24 h while these are few
     addresses: frozenset[str] = frozenset()  # of the clients within the window, or two of a network if all are in it
 
     def plus(self, other: Usage) -> Usage:
@@ -723,7 +740,7 @@ class Reach(NamedTuple):
     """How far a login's usage matters."""
 
     rows: int  # of its newest events with recipients; older ones may be left out
-    hour_from: int = NEVER  # recipients of 24 h from which on those of the last hour matter
+    hour_from: int = NEVER  # recipients of 24 h from which on those of the last hour are looked at
 
     def join(self, other: Reach) -> Reach:
         """Return the reach for two logins that a table takes for one."""
@@ -743,12 +760,12 @@ class Scope(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a store finds of a login in 24 h; the last two only when it looks closely."""
+    """What a store finds of a login in 24 h; addresses only if they matter, the last two when it looks closely."""
 
     recipients: Any
     messages: int
-    lowest: str | None  # client address, as a text
-    highest: str | None
+    lowest: str | None = None  # client address, as a text
+    highest: str | None = None
     of_hour: Any = None
     addresses: str | None = None
 
@@ -761,7 +778,8 @@ class Found(NamedTuple):
         """Return what was found; without a closer look the bounds that decide the same."""
         recipients = int(self.recipients or 0)
         if self.of_hour is None:
-            return Usage(recipients, recipients, frozenset(filter(None, (self.lowest, self.highest))))
+            extremes = frozenset((self.lowest, self.highest)) if self.lowest and self.highest else frozenset[str]()
+            return Usage(recipients, recipients, extremes)
         return Usage(recipients, int(self.of_hour), frozenset(filter(None, (self.addresses or "").split(","))))
 
 
@@ -792,6 +810,8 @@ class Repository(Protocol):
 
 def run_up(logins: Sequence[str], events: Sequence[Event], totals: dict[str, Usage]) -> list[Usage]:
     """Return the usages after each event, given the `totals` of the logins after the last one."""
+    if len(totals) == len(logins):
+        return list(map(totals.__getitem__, logins))  # each login once
     left = dict(totals)
     usages = []
     for login, event in zip(reversed(logins), reversed(events)):
@@ -863,7 +883,7 @@ class ConnectionPool:
                     connect_timeout=patience,
                     read_timeout=patience,
                     write_timeout=patience,
-                    init_command=f"SET SESSION max_statement_time={statement_timeout_s}",
+                    init_command=f"SET SESSION max_statement_time={statement_timeout_s}, group_concat_max_len=1048576",
                 )
             except Exception as error:  # what answers there may speak anything, and PyMySQL trip over it anyhow
                 failures.append(f"{host}: {error}")
@@ -956,11 +976,10 @@ class MariaDBRepository:
     NO_ROW = "SELECT CURRENT_TIMESTAMP(3), '', '', '', 0 FROM DUAL WHERE FALSE"
     DAY = "ts > CURRENT_TIMESTAMP(3) - INTERVAL 1 DAY"
     BINARY = "CONVERT(sasl_username USING utf8mb4) COLLATE utf8mb4_bin"  # equal only if it is
-    FOUND = "SUM(recipient_count), COUNT(*), {extremes}, NULL, NULL"
+    FOUND = "SUM(recipient_count), COUNT(*)"
     EXTREMES = "MIN(client_address), MAX(client_address)"
-    FOUND_CLOSELY = (  # takes twice the time
-        "SUM(recipient_count), COUNT(*), {extremes},"
-        " SUM(IF(ts > CURRENT_TIMESTAMP(3) - INTERVAL 1 HOUR, recipient_count, 0)), GROUP_CONCAT(DISTINCT"
+    CLOSELY = (  # takes twice the time
+        "COALESCE(SUM(IF(ts > CURRENT_TIMESTAMP(3) - INTERVAL 1 HOUR, recipient_count, 0)), 0), GROUP_CONCAT(DISTINCT"
         " IF(ts > CURRENT_TIMESTAMP(3) - INTERVAL {window_s} SECOND AND recipient_count > 0, client_address, NULL))"
     )
     SUM = (  # of many logins at once; the column's collation may find more of them than were asked for
@@ -1018,18 +1037,21 @@ class MariaDBRepository:
 
     def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[Usage]:
         """See Repository."""
-        return self._run(lambda connection: self._sum(connection, events, scope), deadline)
+        return self._run(lambda connection: self._sum(connection, events, scope, deadline), deadline)
 
-    def _sum(self, connection: Connection[Any], events: Sequence[Event], scope: Scope) -> list[Usage]:
+    def _sum(
+        self, connection: Connection[Any], events: Sequence[Event], scope: Scope, deadline: float
+    ) -> list[Usage]:
         table = self._look(connection)
         logins = [fit(event.sasl_username, table.columns[0]) for event in events]
         reaches: dict[str, Reach] = {}
         for login, event in zip(logins, events):
-            reach = scope.of(event.sasl_username)
-            reaches[login] = reach.join(reaches.get(login, reach))  # an old table cuts several logins to one
+            reach, other = scope.of(event.sasl_username), reaches.get(login)
+            reaches[login] = reach if other is None else reach.join(other)  # an old table cuts several logins to one
         totals = dict.fromkeys(logins, Usage(0))
         asked = set(logins)
         while asked:  # once, and again for those that turn out to need a closer look
+            set_deadline(connection, deadline)
             rows = query(connection, *self._question(table, asked, reaches, scope))
             answers = {login.rstrip(" "): Found(*found) for login, *found in rows}
             again = set()
@@ -1051,15 +1073,17 @@ class MariaDBRepository:
         close = logins & self._close
         if close and not table.force_index:
             close = logins  # the whole table is read: once, not twice
-        extremes = self.EXTREMES if scope.window_s else "NULL, NULL"
+        found = [self.FOUND]  # no column that is not needed: the driver takes its time for each
+        if scope.window_s or close:
+            found.append(self.EXTREMES if scope.window_s else "NULL, NULL")
+        found_closely = [*found, self.CLOSELY.format(window_s=scope.window_s)]
+        if close:
+            found.append("NULL, NULL")
         parts: list[str] = []
         arguments: list[object] = []
-        for group, found in ((logins - close, self.FOUND), (close, self.FOUND_CLOSELY)):
+        for group, columns in ((logins - close, found), (close, found_closely)):
             words = {
-                "table": self._name,
-                "index": table.force_index,
-                "login": table.login,
-                "found": found.format(extremes=extremes, window_s=scope.window_s),
+                "table": self._name, "index": table.force_index, "login": table.login, "found": ", ".join(columns)
             }
             bounded = group & self._long if table.force_index else set()
             for login in bounded:
@@ -1189,12 +1213,14 @@ class SQLiteRepository:
     INSERT = (
         "INSERT INTO events (ts, sasl_username, sender, client_address, recipient_count) VALUES (?, ?, ?, ?, ?)"
     )
-    FOUND = "sum(recipient_count), count(*), NULL, NULL"
+    FOUND = "sum(recipient_count), count(*), {extremes}"
+    EXTREMES = "min(client_address), max(client_address)"
     FOUND_CLOSELY = (
         f"{FOUND}, sum(recipient_count * (ts > :hour)),"
         " group_concat(DISTINCT CASE WHEN ts > :window THEN client_address END)"
     )
-    SUM = (
+    SUM = "SELECT {found} FROM events WHERE sasl_username = :login AND ts > :day AND recipient_count > 0"
+    BOUNDED_SUM = (
         "SELECT {found} FROM (SELECT ts, client_address, recipient_count FROM events"
         " WHERE sasl_username = :login AND ts > :day AND recipient_count > 0 ORDER BY ts DESC LIMIT :rows)"
     )
@@ -1216,6 +1242,7 @@ class SQLiteRepository:
     def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
         self._path = path
         self._clock = clock
+        self._long: set[str] = set()  # the logins whose history was last seen to be longer than needed
         self._of_thread = threading.local()  # each thread has a connection of its own
 
     def __str__(self) -> str:
@@ -1235,14 +1262,21 @@ class SQLiteRepository:
 
     def totals(self, logins: Iterable[str], scope: Scope) -> dict[str, Usage]:
         """Return each login's usage."""
-        is_close = scope.window_s or any(scope.of(login).hour_from < NEVER for login in logins)
-        statement = self.SUM.format(found=self.FOUND_CLOSELY if is_close else self.FOUND)
+        extremes = self.EXTREMES if scope.window_s else "NULL, NULL"
+        looks = [found.format(extremes=extremes) for found in (self.FOUND, self.FOUND_CLOSELY)]
         since = {"day": self._ms_ago(DAY_S), "hour": self._ms_ago(HOUR_S), "window": self._ms_ago(scope.window_s)}
         totals = dict.fromkeys(logins, Usage(0))
         with self._connection() as connection:
             for login in totals:
-                arguments = {**since, "login": login, "rows": scope.of(login).rows}
-                totals[login] = Found(*connection.execute(statement, arguments).fetchone()).usage()
+                reach = scope.of(login)
+                arguments = {**since, "login": login, "rows": reach.rows}
+                statement = self.BOUNDED_SUM if login in self._long else self.SUM
+                for look in looks:
+                    found = Found(*connection.execute(statement.format(found=look), arguments).fetchone())
+                    if not found.wants_a_closer_look(reach, scope):
+                        break
+                (self._long.add if found.messages >= reach.rows else self._long.discard)(login)
+                totals[login] = found.usage()
         return totals
 
     def traces(self, login: str) -> list[Trace]:
@@ -1701,7 +1735,7 @@ class Case:
     """A login that is being held or refused."""
 
     login: str
-    rule: str  # with its figures, as in the log
+    rule: str  # the answer, and what in the log it follows from: HOLD fanout (11>10)
     began: float  # seconds since 1970
     recipients: int = 0  # of the last 24 h, as last seen
     queue_ids: list[str] = dataclasses.field(default_factory=list)  # of what was held so far
@@ -1712,38 +1746,72 @@ class Case:
         return f"{login} on {os.uname().nodename}: {self.rule}"
 
 
+def shell_word(text: str) -> str:
+    """Return `text` as one word for a shell, in printable ASCII."""
+    if text.isascii() and text.isprintable():
+        return shlex.quote(text)
+    octal = re.sub(b"[^A-Za-z0-9@._+]", lambda byte: b"\\%03o" % ord(byte[0]), text.encode("utf-8", "surrogateescape"))
+    return f"\"$(printf '{octal.decode()}')\""
+
+
+def commands(login: str, settings_file: str) -> dict[str, str]:
+    """Return what to type about a login."""
+    file = shell_word(os.path.abspath(settings_file))
+    options = "" if settings_file == SETTINGS_FILE else f" -c {file}"
+    user, held = f"policyd-user.sh{options}", f"policyd-held.sh{options}"
+    word = ("-- " if login.startswith("-") or login in ("release", "delete") else "") + shell_word(login)
+    block = "(no blacklist= can name this login: lock the account)"
+    with contextlib.suppress(ValueError):  # it looks like a network
+        if login.isprintable() and login == login.strip() == read_list_entry(login):
+            # A line end first: the file's last line may have none.
+            block = f"printf '\\n%s\\n' {shell_word(f'blacklist={login}')} >>{file} && systemctl reload policyd"
+    return {
+        "look": f"{user} {word}",
+        "look at what is held": f"{held} {word}",
+        "release": f"{held} release --yes {word}",
+        "forgive": f"{user} --forgive --yes {word}",
+        "delete": f"{held} delete --yes {word}",
+        "block": block,
+    }
+
+
 def describe(case: Case, traces: Sequence[Trace] | None, settings_file: str) -> str:
     """Return the text of a mail about one login; `traces` is None when the database is away."""
-    login = shlex.quote(printable(case.login))
+    recipients = max(case.recipients, sum(trace.recipients for trace in traces or ()))
     lines = [
-        f"Mail of {printable(case.login)} is stopped since {local_time(case.began)}: {case.rule}.",
-        f"Recipients of the last 24 hours: {case.recipients}.",
+        f"Mail of {printable(case.login)} has been stopped since {local_time(case.began)}: {case.rule}.",
+        f"Recipients of the last 24 hours: {recipients}.",
         f"Held so far: {' '.join(map(printable, case.queue_ids)) or 'nothing'}.",
         "",
     ]
     if traces is None:
-        lines += ["From where is not known: the database is away.", ""]
+        lines += ["From where is not known: the database is away."]
+    elif not traces:
+        lines += ["Nothing was counted in the last 24 hours."]
     else:
         lines += ["Networks, client addresses and senders, the most recipients first:", ""]
     by_network: dict[str, list[Trace]] = {}
     for trace in traces or ():
         by_network.setdefault(network_of(trace.client_address, NOBODY) or "no network", []).append(trace)
-    for network, those in by_network.items():
-        lines.append(f"{network}: {sum(trace.recipients for trace in those)} recipients")
+    totals = {network: sum(trace.recipients for trace in those) for network, those in by_network.items()}
+    for network, those in sorted(by_network.items(), key=lambda item: -totals[item[0]]):
+        lines.append(f"{network}: {totals[network]} recipients")
         lines += [
-            f"    {printable(trace.client_address)}: {trace.recipients} recipients in {trace.messages} messages"
-            f" from {trace.first} to {trace.last}, sender <{printable(trace.sender)}>"
+            f"    {printable(trace.client_address)}: {trace.recipients} recipients, {trace.messages} messages,"
+            f" {trace.first} to {trace.last}, <{printable(trace.sender)}>"
             for trace in those
         ]
-    blacklist = shlex.quote(f"blacklist={printable(case.login)}")
+    if len(traces or ()) == TRACES:
+        lines.append("... and more")
+    do = commands(case.login, settings_file)
     lines += [
         "",
-        "Look:            policyd-user.sh " + login,
-        "                 policyd-held.sh " + login,
-        f"An honest user:  policyd-held.sh release {login} --yes",
-        f"                 policyd-user.sh {login} --forgive --yes",
-        f"A thief:         policyd-held.sh delete {login} --yes",
-        f"                 echo {blacklist} >>{shlex.quote(settings_file)} && systemctl reload policyd",
+        f"Look:            {do['look']}",
+        f"                 {do['look at what is held']}",
+        f"An honest user:  {do['release']}",
+        f"                 {do['forgive']}",
+        f"A thief:         {do['delete']}",
+        f"                 {do['block']}",
         "                 and a new password",
         "",
     ]
@@ -1760,16 +1828,31 @@ def post(subject: str, text: str, settings: Settings) -> None:
     mail["Date"] = email.utils.localtime()
     mail["Message-ID"] = email.utils.make_msgid(domain=host)
     mail["Auto-Submitted"] = "auto-generated"
-    mail.set_content(text)
+    # As it is where SMTP allows it: readable for postcat, too.
+    mail.set_content(text, cte="7bit" if max(map(len, text.splitlines())) < 998 else "quoted-printable")
     failures = []
     for server, port in settings.notify_server:
         try:
-            with smtplib.SMTP(server, port or 25, local_hostname=host, timeout=MAIL_TIMEOUT_S) as smtp:
+            smtp = smtplib.SMTP(server, port or 25, local_hostname=host, timeout=MAIL_TIMEOUT_S)
+            with contextlib.closing(smtp):
                 smtp.send_message(mail)
+                with contextlib.suppress(OSError):  # it has the mail, whatever it says now
+                    smtp.quit()
                 return
         except OSError as error:
             failures.append(f"{server}: {error}")
     raise OSError("; ".join(failures))
+
+
+def read_mailed(path: str) -> dict[str, float]:
+    """Return who was mailed about in the last 24 h, and when; nobody, if the file cannot tell."""
+    now = time.time()
+    try:
+        with open(path, encoding="utf-8") as file:
+            mailed = {login: float(began) for login, began in json.load(file).items()}
+    except Exception:  # whatever is in there must not keep us from starting
+        return {}
+    return {login: began for login, began in mailed.items() if 0 <= now - began < DAY_S}
 
 
 class Notices:
@@ -1783,16 +1866,15 @@ class Notices:
         self._cases: dict[str, Case] = {}  # of the last 24 h
         self._new: queue.SimpleQueue[Case] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards _cases
-        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-            self._cases = {login: Case(login, "", float(began)) for login, began in json.load(file).items()}
-        self._mailed = {login: case.began for login, case in self._cases.items()}
+        self._mailed = read_mailed(path)
+        self._cases = {login: Case(login, "", began) for login, began in self._mailed.items()}
 
     def note(self, login: str, rule: str, recipients: int, held_queue_id: str) -> None:
         """Take note of a message that was held (as `held_queue_id`, if that is not empty) or refused."""
         now = time.time()
         with self._lock:
             case = self._cases.get(login)
-            if case is None or now - case.began >= DAY_S:
+            if case is None or not 0 <= now - case.began < DAY_S:  # below 0: the clock was set back
                 self._cases = {known: other for known, other in self._cases.items() if now - other.began < DAY_S}
                 case = self._cases[login] = Case(login, rule, now)
                 self._new.put(case)
@@ -1817,7 +1899,7 @@ class Notices:
         """Mail about `cases`; tell whether it was possible within an hour."""
         give_up = time.monotonic() + GIVE_UP_MAIL_S
         complaint = ""
-        while True:
+        while self._settings().notify:
             try:
                 post(*self._letter(cases), self._settings())
             except OSError as error:
@@ -1826,20 +1908,31 @@ class Notices:
                     log.warning(f"no notice of {cases[0].headline()}: {complaint}; trying again for an hour")
                 if closing.wait(RETRY_MAIL_S) or time.monotonic() > give_up:
                     log.error(f"gave up the notice of {', '.join(case.headline() for case in cases)}")
+                    self._forget(cases)
                     return False
+            except Exception:  # a fault of ours must not end this thread
+                log.error(f"internal error: {traceback.format_exc()}")
+                return False
             else:
                 self._remember(cases)
                 return True
+        return False  # a reload has switched the mails off
 
     def _letter(self, cases: list[Case]) -> tuple[str, str]:
         """Return subject and text."""
         if len(cases) > 1:
-            looks = [f"{case.headline()}\n    policyd-user.sh {shlex.quote(printable(case.login))}\n" for case in cases]
+            looks = [f"{case.headline()}\n    {commands(case.login, self._settings_file)['look']}\n" for case in cases]
             return f"policyd: {len(cases)} more logins", "".join(looks)
         traces = None
         with contextlib.suppress(RepositoryUnavailable):
             traces = self._repository.traces(cases[0].login)
         return f"policyd: {cases[0].headline()}", describe(cases[0], traces, self._settings_file)
+
+    def _forget(self, cases: list[Case]) -> None:
+        """Nobody was told: the next message may be the first again."""
+        with self._lock:
+            for case in cases:
+                self._cases.pop(case.login, None)
 
     def _remember(self, cases: list[Case]) -> None:
         since = time.time() - DAY_S
@@ -1933,8 +2026,10 @@ class Figures:
             self.answered[action.partition(" ")[0]] += 1
             self._times[slot] += 1
 
-    def note(self, login: str, decision: str, is_audit: bool) -> None:
+    def note(self, login: str, decision: str, is_audit: bool = False) -> None:
         """Keep in mind whether this login is held or refused now."""
+        if decision == DUNNO and login not in self._held:
+            return  # without waiting for the lock
         with self._lock:
             if decision == DUNNO:
                 self._held.pop(login, None)
@@ -2017,11 +2112,20 @@ class Policy:
         if request.recipient_count == 1 and request.recipient.lower() in settings.always_allow:
             log.info(f"allowing mail to {request.recipient[:KEPT_TEXT]}: {message}")
             return reply(DUNNO)
+
+        def stop(decision: str, rule: str, recipients: int, *lines: str) -> None:
+            self.figures.note(login, decision, settings.mode == "audit")
+            reply(answer_of(decision, settings))
+            for line in lines:
+                log.info(line)
+            if self._notices and settings.notify and settings.mode != "audit":
+                action = decision.partition(" ")[0]
+                held = request.queue_id[:KEPT_TEXT] if action == "HOLD" else ""
+                self._notices.note(login, f"{action} {rule}", recipients, held)
+
         if settings.blacklist.holds(names, event.client_address):
-            log.info(f"{said(HOLD_BLACKLISTED, settings)} blacklisted user: {message}{queue_id}")
-            self.figures.note(login, HOLD_BLACKLISTED, settings.mode == "audit")
-            self._notify(login, HOLD_BLACKLISTED, "blacklisted", 0, request, settings)
-            return reply(answer_of(HOLD_BLACKLISTED, settings))
+            line = f"{said(HOLD_BLACKLISTED, settings)} blacklisted user: {message}{queue_id}"
+            return stop(HOLD_BLACKLISTED, "blacklisted", 0, line)
         if settings.whitelist.holds(names, event.client_address) and in_office_hours(
             time.localtime(), settings.whitelist_days, settings.whitelist_hours
         ):
@@ -2032,23 +2136,18 @@ class Policy:
             if usage is None:
                 return reply(DUNNO)
             decision, rule = judge(usage, settings.limits_of(login), settings)
-            self.figures.note(login, decision, settings.mode == "audit")
-            reply(answer_of(decision, settings))
-            log.info(f"Updating db: {message}/{usage.recipients}")
-            if decision != DUNNO:
-                log.info(
-                    f"{said(decision, settings)} {rule} for user {login}"
-                    f" using {event.sender} from ip [{event.client_address}]{queue_id}"
-                )
-                self._notify(login, decision, rule, usage.recipients, request, settings)
+            counted = f"Updating db: {message}/{usage.recipients}"
+            if decision == DUNNO:
+                self.figures.note(login, DUNNO)
+                reply(DUNNO)
+                return log.info(counted)
+            line = (
+                f"{said(decision, settings)} {rule} for user {login}"
+                f" using {event.sender} from ip [{event.client_address}]{queue_id}"
+            )
+            stop(decision, rule, usage.recipients, counted, line)
 
         self._recorder.record(event, on_sum)
-
-    def _notify(
-        self, login: str, decision: str, rule: str, recipients: int, request: PolicyRequest, settings: Settings
-    ) -> None:
-        if self._notices and settings.notify and settings.mode != "audit":
-            self._notices.note(login, rule, recipients, "" if decision == REJECT else request.queue_id[:KEPT_TEXT])
 
 
 class RequestStream(io.RawIOBase):
@@ -2269,15 +2368,17 @@ def stay_on_one_processor() -> None:
 
 
 def scope_of(settings: Settings) -> Scope:
-    """Return how many of a login's newest events decide: once it is refused, older ones change nothing any more.
+    """Return what of a login's history can decide.
 
-    Each has a recipient at least.  Those of a batch are on top: running sums are computed back from the last one.
+    Once a login is refused, older events change nothing any more, and each has a recipient at least.  Those of a
+    batch are on top: running sums are computed back from the last one.  The hour is looked at from a quarter of
+    its quota on; below it the day's sum stands for it, to which an outage adds the journal's.
     """
-    everybody = settings.limits_of("")
+    everybody = settings.everybody
     return Scope(
-        Reach(everybody.decisive() + BATCH_EVENTS, everybody.hour),
+        Reach(everybody.decisive() + BATCH_EVENTS, everybody.hour // 4),
         {
-            login: Reach(max(own.decisive(), everybody.decisive()) + BATCH_EVENTS, own.hour)
+            login: Reach(max(own.decisive(), everybody.decisive()) + BATCH_EVENTS, own.hour // 4)
             for login, own in settings.quota.items()
         },
         settings.networks_window if settings.max_networks else 0,

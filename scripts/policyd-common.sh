@@ -103,8 +103,12 @@ read_quota() { # LOGIN:QUOTA or LOGIN:QUOTA:HOUR: adds a row to $quotas
     # Split from the right: a login may hold colons.
     name=${1%:*} quota=${1##*:} hour=''
     last=${name##*:}
-    if [ "$last" != "$name" ] && is_number "$quota" 0 && is_quota "$last"; then
+    if [ "$last" != "$name" ] && is_quota "$quota" && is_quota "$last"; then
         hour=$quota quota=$last name=${name%:*}
+        case $hour in
+        [0-9]*) ;;
+        *) hour=0 ;; # unlimited
+        esac
     fi
     case $1 in
     *[[:space:]]* | :*) quota=none ;;
@@ -165,7 +169,7 @@ read_line() { # LINE
     statedir) statedir=$value ;;
     defaultquota) check_number 1 && defaultquota=$value defaultquota_line=$number ;;
     rejectquota) check_number 1 && rejectquota=$value rejectquota_line=$number ;;
-    keep_days) check_number 1 && keep_days=$value ;;
+    keep_days) check_number 2 && keep_days=$value ;;
     hourquota) check_number 0 && hourquota=$value ;;
     max_networks) check_number 0 && max_networks=$value ;;
     networks_window) read_window "$value" ;;

@@ -394,6 +394,7 @@ esac
 for argument; do
     case $only_logins:$argument in
     no:--yes) yes=yes ;;
+    no:--) only_logins=yes ;;
     no: | yes: | no:-*) wrong_call ;;
     *"$newline"*) die 'a line end is in no login and in no queue id' ;;
     *) arguments="${arguments}argument$tab$argument$newline" ;;

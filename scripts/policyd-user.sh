@@ -147,9 +147,10 @@ limits=$({
 read -r quota reject quota_line hour_quota state <<EOF
 $limits
 EOF
-if [ "$hour_quota" = none ]; then
-    hour_quota=$hourquota
-fi
+case $hour_quota$quota in
+noneunlimited) hour_quota=0 ;;
+none*) hour_quota=$hourquota ;;
+esac
 case $quota_line$defaultquota_line in
 0) quota_from="policyd's default" ;;
 0*) quota_from="$settings:$defaultquota_line defaultquota=" ;;
@@ -192,7 +193,8 @@ ask "WITH RECURSIVE hours (age) AS (SELECT 0 UNION ALL SELECT age + 1 FROM hours
             FROM $table WHERE $today GROUP BY 1) AS counted ON counted.age = hours.age
         ORDER BY hours.age DESC;
     SELECT 'last_hour', COALESCE(SUM(recipient_count), 0) FROM $table WHERE $today AND ts > $(ago 3600);
-    SELECT DISTINCT 'address', $(in_hex client_address) FROM $table WHERE $hers AND ts > $(ago "$networks_window_s");
+    SELECT DISTINCT 'address', $(in_hex client_address) FROM $table
+        WHERE $hers AND ts > $(ago "$networks_window_s") AND recipient_count > 0;
     $(falls falls "$quota") $(falls falls_reject "$reject")
     $(top client client_address) $(top sender sender)"
 
@@ -293,13 +295,17 @@ colours
         means["ok"] = "ok: messages go on"
         means["HOLD"] = yellow "HOLD: messages are held" plain
         means["REJECT"] = red "REJECT: messages are refused" plain
-        row("state", means[state])
+        if (state != "ok")
+            reason[++reasons] = means[state]
         if (blacklisted)
-            row("", "HOLD: on the blacklist, line " blacklisted " of the settings")
+            reason[++reasons] = yellow "HOLD" plain ": on the blacklist, line " blacklisted " of the settings"
         if (hour_quota > 0 && last_hour + 0 >= hour_quota + 0)
-            row("", "HOLD: the hour quota is reached")
+            reason[++reasons] = yellow "HOLD" plain ": the hour quota is reached"
         if (max_networks > 0 && networks > max_networks)
-            row("", "HOLD: comes from too many networks")
+            reason[++reasons] = yellow "HOLD" plain ": comes from too many networks"
+        row("state", reasons ? reason[1] : means["ok"])
+        for (i = 2; i <= reasons; i++)
+            row("", reason[i])
         if (settings_mode == "audit")
             row("", "but nothing is held or refused: mode=audit")
         if (quota == "unlimited")

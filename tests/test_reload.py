@@ -69,6 +69,7 @@ def test_new_lists_and_office_hours_apply_to_the_next_message(policyd: Start) ->
 
 
 REACHES_10 = {"sasl_username": "alice", "recipient_count": 10}
+REACHES_4 = {"sasl_username": "alice", "recipient_count": 4}
 IS_LISTED = {"sasl_username": "phished"}
 TO_THE_HELPDESK = {"sasl_username": "phished", "recipient": "helpdesk@example.org"}
 
@@ -98,6 +99,11 @@ TO_THE_HELPDESK = {"sasl_username": "phished", "recipient": "helpdesk@example.or
             REACHES_10,
             ("REJECT max quota exceeded; ask Anna", "REJECT max quota exceeded"),
         ),
+        ({}, {"hourquota": 8}, REACHES_4, ("DUNNO", "HOLD hour quota exceeded")),
+        ({"hourquota": 4}, {}, REACHES_4, ("HOLD hour quota exceeded", "DUNNO")),
+        ({"hourquota": 4}, {"hourquota": 9}, REACHES_4, ("HOLD hour quota exceeded", "DUNNO")),
+        ({"hourquota": 4}, {"hourquota": 4, "quota": "alice:9:0"}, REACHES_4, ("HOLD hour quota exceeded", "DUNNO")),
+        ({}, {"quota": "alice:9:8"}, REACHES_4, ("DUNNO", "HOLD hour quota exceeded")),
         ({}, {"always_allow": "helpdesk@example.org"}, TO_THE_HELPDESK, ("HOLD blacklisted", "DUNNO")),
         ({"always_allow": "helpdesk@example.org"}, {}, TO_THE_HELPDESK, ("DUNNO", "HOLD blacklisted")),
     ],
@@ -113,6 +119,40 @@ def test_what_a_site_changes_of_the_rule_applies_to_the_next_message(
     daemon.write_settings(**{**always, **after})
     reload(daemon)
     assert daemon.ask(**message) == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "answers"),
+    [
+        ({}, {"max_networks": 1}, ("DUNNO", "HOLD too many networks")),
+        ({"max_networks": 1}, {}, ("HOLD too many networks", "DUNNO")),
+        ({"max_networks": 1}, {"max_networks": 2}, ("HOLD too many networks", "DUNNO")),
+        ({"max_networks": 1}, {"max_networks": 1, "networks_window": "10m"}, ("HOLD too many networks", "DUNNO")),
+        ({"max_networks": 1, "networks_window": "10m"}, {"max_networks": 1}, ("DUNNO", "HOLD too many networks")),
+        (
+            {"max_networks": 1},
+            {"max_networks": 1, "trusted_network": ["192.0.2.1", "2001:db8::/32"]},
+            ("HOLD too many networks", "DUNNO"),
+        ),
+        (
+            {"max_networks": 1, "trusted_network": "192.0.2.1"},
+            {"max_networks": 1, "trusted_network": "192.0.2.2"},
+            ("DUNNO", "HOLD too many networks"),
+        ),
+        ({"max_networks": 1}, {"max_networks": 1, "mode": "audit"}, ("HOLD too many networks", "DUNNO")),
+    ],
+    ids=str,
+)
+def test_what_a_site_changes_of_the_networks_applies_to_the_next_message(
+    policyd: Start, before: dict[str, Any], after: dict[str, Any], answers: tuple[str, str]
+) -> None:
+    """Of a login that came from one network half an hour ago, and comes from another one now."""
+    daemon = policyd(**before)
+    SQLiteStore(daemon.statedir / "events.sqlite3").add([("alice", "", "198.51.100.1", 1)], age_s=1800)
+    assert daemon.ask() == answers[0]
+    daemon.write_settings(**after)
+    reload(daemon)
+    assert daemon.ask() == answers[1]
 
 
 def test_a_higher_quota_of_its_own_sums_as_far_as_it_needs(policyd: Start) -> None:

@@ -212,9 +212,79 @@ def test_a_message_is_taken_as_it_is_written_up_to_200_characters(file: Path) ->
     assert (settings.hold_message, settings.reject_message) == (text, text)
 
 
+HOUR_LIMITS = {
+    "": NEVER,
+    "hourquota=0": NEVER,
+    "hourquota=300": 300,
+    "hourquota=300\nquota=anna:5": 300,
+    "quota=anna:5\nhourquota=300": 300,
+    "hourquota=300\nquota=anna:5:20": 20,
+    "hourquota=300\nquota=anna:5:500": 500,
+    "hourquota=300\nquota=anna:5:0": NEVER,
+    "quota=anna:5:20": 20,
+    "quota=bert:5:20": NEVER,
+    "hourquota=300\nquota=anna:unlimited": NEVER,
+    "hourquota=300\nquota=anna:Unlimited:20": 20,
+    "hourquota=300\nquota=anna:0:20": 20,
+    "hourquota=300\nquota=Anna@Example.ORG:5:020": 20,
+}
+
+
+@pytest.mark.parametrize("content", HOUR_LIMITS, ids=ascii)
+def test_a_login_is_held_from_this_sum_of_an_hour_on(file: Path, content: str) -> None:
+    assert read(file, content).limits_of("anna").hour == HOUR_LIMITS[content]
+
+
+@pytest.mark.parametrize(
+    ("quota", "login", "day", "hour"),
+    [("a:5:6", "a", 5, 6), ("a:5:6:7", "a:5", 6, 7), ("a:b:6", "a:b", 6, NEVER), ("a:b:6:7", "a:b", 6, 7)],
+)
+def test_the_numbers_of_a_quota_are_those_at_its_end(
+    file: Path, quota: str, login: str, day: int, hour: int
+) -> None:
+    """A login may have colons, and numbers between them."""
+    assert read(file, f"quota={quota}").limits_of(login) == (day, 2 * day, hour)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("1m", 60), ("60s", 60), ("90s", 90), ("30m", 1800), ("1h", 3600), ("2H", 7200), ("24h", 86_400), ("1d", 86_400),
+     ("01h", 3600)],
+)
+def test_the_window_of_networks_is_a_number_and_its_unit(file: Path, text: str, seconds: int) -> None:
+    assert read(file, f"networks_window = {text} ").networks_window == seconds
+
+
+def test_early_signs_are_off_by_default(file: Path) -> None:
+    settings = read(file, b"")
+    assert (settings.max_networks, settings.networks_window, settings.hourquota) == (0, 3600, 0)
+    assert not settings.trusted_network.holds([], "127.0.0.1")
+
+
+def test_trusted_networks_are_addresses_and_networks(file: Path) -> None:
+    content = "trusted_network=192.0.2.0/24\ntrusted_network=2001:DB8::7\ntrusted_network=198.51.100.7"
+    trusted = read(file, content).trusted_network
+    for client_address in ("192.0.2.200", "2001:db8::7", "198.51.100.7"):
+        assert trusted.holds([], client_address)
+    for client_address in ("192.0.3.1", "2001:db8::8", "198.51.100.8", "unknown", ""):
+        assert not trusted.holds([], client_address)
+
+
 def test_addresses_are_lower_cased(file: Path) -> None:
     content = "always_allow=HelpDesk@Example.ORG\nalways_allow=a+b@c\nalways_allow=helpdesk@example.org"
     assert read(file, content).always_allow == {"helpdesk@example.org", "a+b@c"}
+    settings = read(file, "notify=PostMaster@Example.ORG\nnotify_from=Policyd@Example.ORG")
+    assert (settings.notify, settings.notify_from) == ("postmaster@example.org", "policyd@example.org")
+
+
+def test_nobody_is_notified_by_default_and_if_so_through_this_host(file: Path) -> None:
+    settings = read(file, b"")
+    assert (settings.notify, settings.notify_from, settings.notify_server) == ("", "", (("127.0.0.1", 25),))
+
+
+def test_notify_server_names_one_server_or_several(file: Path) -> None:
+    servers = read(file, "notify_server=mail.example.org, 192.0.2.1:587 [2001:db8::1]:26").notify_server
+    assert servers == (("mail.example.org", None), ("192.0.2.1", 587), ("2001:db8::1", 26))
 
 
 # ---- where the files are --------------------------------------------------------------------------
@@ -245,6 +315,8 @@ def test_the_place_of_the_files_is_var_lib_if_writable_else_here(
 
 NO_NETWORK = "not a network; give ADDRESS/PREFIX, for example 192.0.2.0/24 or 2001:db8::/32"
 NO_QUOTA = "give LOGIN:N, LOGIN:unlimited or LOGIN:DAY:HOUR, for example newsletter:20000"
+NO_WINDOW = "give a time from 1m to 24h, for example 30m or 1h"
+NO_CLIENTS = "give an address or ADDRESS/PREFIX, for example 192.0.2.0/24"
 NO_MESSAGE = "give at most 200 characters, all of them ASCII"
 NO_ADDRESS = "give a mail address, for example helpdesk@example.org"
 MISTAKES = {
@@ -322,6 +394,69 @@ MISTAKES = {
     "address without a name": ("always_allow=@example.org", f"1: always_allow=@example.org: {NO_ADDRESS}"),
     "address with two domains": ("always_allow=a@b@c", f"1: always_allow=a@b@c: {NO_ADDRESS}"),
     "two addresses": ("always_allow=a@b, c@d", f"1: always_allow=a@b, c@d: {NO_ADDRESS}"),
+    "notify without a domain": ("notify=postmaster", f"1: notify=postmaster: {NO_ADDRESS}"),
+    "notify of two": ("notify=a@b, c@d", f"1: notify=a@b, c@d: {NO_ADDRESS}"),
+    "notify twice": ("notify=a@b\nnotify=c@d", "2: notify= was given in line 1 already; keep one of them"),
+    "notify with a name": ("notify=Me <me@example.org>", f"1: notify=Me <me@example.org>: {NO_ADDRESS}"),
+    "notify not ASCII": ("notify=jos\xe9@example.org", rf"1: notify=jos\xe9@example.org: {NO_ADDRESS}"),
+    "notify of nobody": ("notify=", "1: notify= has no value; give one, or remove the line"),
+    "notify of two lines": (
+        "notify=a@b\rBcc: c@d", "1: notify= has a control character or is not UTF-8; type it again"
+    ),
+    "notify_from without a domain": ("notify_from=policyd", f"1: notify_from=policyd: {NO_ADDRESS}"),
+    "notify_from of the null sender": ("notify_from=<>", f"1: notify_from=<>: {NO_ADDRESS}"),
+    "notify_server with a service": (
+        "notify_server=mail:smtp",
+        "1: notify_server=mail:smtp: mail:smtp is not a server; give host, host:port, [IPv6]:port or a socket's path",
+    ),
+    "notify_server of nothing": ("notify_server=,", "1: notify_server=,: give a server"),
+    "notify_server by a socket": (
+        "notify_server=/run/smtp",
+        "1: notify_server=/run/smtp: /run/smtp is not a mail server; give host, host:port or [IPv6]:port",
+    ),
+    "notify_server by a name for notify": (
+        "notify_host=mail", "1: unknown setting notify_host; did you mean notify_from=?"
+    ),
+    "hour quota, negative": ("hourquota=-1", "1: hourquota=-1: give a number from 0 to 999999999, digits only"),
+    "hour quota that is off": ("hourquota=off", "1: hourquota=off: give a number from 0 to 999999999, digits only"),
+    "hour quota twice": ("hourquota=1\nhourquota=2", "2: hourquota= was given in line 1 already; keep one of them"),
+    "hour quota of a login, empty": ("quota=anna:5:", f"1: quota=anna:5:: {NO_QUOTA}"),
+    "hour quota of a login, negative": ("quota=anna:5:-1", f"1: quota=anna:5:-1: {NO_QUOTA}"),
+    "hour quota of a login, too large": ("quota=anna:5:1000000000", f"1: quota=anna:5:1000000000: {NO_QUOTA}"),
+    "networks, negative": ("max_networks=-1", "1: max_networks=-1: give a number from 0 to 999999999, digits only"),
+    "networks that are networks": (
+        "max_networks=192.0.2.0/24", "1: max_networks=192.0.2.0/24: give a number from 0 to 999999999, digits only"
+    ),
+    "networks, nearly right": ("max_network=5", "1: unknown setting max_network; did you mean max_networks=?"),
+    "window without a unit": ("networks_window=60", f"1: networks_window=60: {NO_WINDOW}"),
+    "window of too little": ("networks_window=59s", f"1: networks_window=59s: {NO_WINDOW}"),
+    "window of too much": ("networks_window=25h", f"1: networks_window=25h: {NO_WINDOW}"),
+    "window of two days": ("networks_window=2d", f"1: networks_window=2d: {NO_WINDOW}"),
+    "window with a fraction": ("networks_window=1.5h", f"1: networks_window=1.5h: {NO_WINDOW}"),
+    "window of two units": ("networks_window=1h30m", f"1: networks_window=1h30m: {NO_WINDOW}"),
+    "window in another unit": ("networks_window=1w", f"1: networks_window=1w: {NO_WINDOW}"),
+    "window in other digits": ("networks_window=\u0661h", rf"1: networks_window=\u0661h: {NO_WINDOW}"),
+    "window of nothing": ("networks_window=0h", f"1: networks_window=0h: {NO_WINDOW}"),
+    "window twice": (
+        "networks_window=1h\nnetworks_window=2h", "2: networks_window= was given in line 1 already; keep one of them"
+    ),
+    "trusted network that is a name": (
+        "trusted_network=campus", f"1: trusted_network=campus: {NO_CLIENTS}"
+    ),
+    "trusted network that is a login": (
+        "trusted_network=anna@example.org", f"1: trusted_network=anna@example.org: {NO_CLIENTS}"
+    ),
+    "trusted network, half an address": ("trusted_network=192.0.2", f"1: trusted_network=192.0.2: {NO_CLIENTS}"),
+    "trusted network, prefix too long": (
+        "trusted_network=192.0.2.0/33", f"1: trusted_network=192.0.2.0/33: {NO_NETWORK}"
+    ),
+    "trusted network with bits beyond the prefix": (
+        "trusted_network=192.0.2.7/24",
+        "1: trusted_network=192.0.2.7/24: the address has bits beyond the prefix; did you mean 192.0.2.0/24?",
+    ),
+    "two trusted networks": (
+        "trusted_network=192.0.2.1, 192.0.2.2", f"1: trusted_network=192.0.2.1, 192.0.2.2: {NO_CLIENTS}"
+    ),
     "days that are too few": ("keep_days=1", "1: keep_days=1: give a number from 2 to 36500, digits only"),
     "days with their unit": ("keep_days=7d", "1: keep_days=7d: give a number from 2 to 36500, digits only"),
     "no range": ("whitelist_days=Mon-Fri", "1: whitelist_days=Mon-Fri: give FROM-TO between 1 and 7, for example 1-5"),
@@ -478,6 +613,9 @@ def test_a_change_that_needs_a_restart_is_told_from_one_that_does_not(file: Path
     assert old.differences(applied) == []
     rule = "mode=audit\nquota=a:1\nrejectquota=2000\nhold_message=x\nreject_message=x\nalways_allow=a@b\nkeep_days=2"
     assert old.differences(read(file, rule)) == []
+    early_signs = "hourquota=1\nmax_networks=1\nnetworks_window=2h\ntrusted_network=::1\nquota=a:1:1"
+    assert old.differences(read(file, early_signs)) == []
+    assert old.differences(read(file, "notify=a@b\nnotify_from=c@d\nnotify_server=mail")) == []
     restart = read(file, DATABASE + b"bind=::1\nport=1\ndbport=1\ndbpass=x\npolicy_table=x\nstatedir=/x\n")
     assert old.differences(restart) == [
         "bind", "port", "dbhost", "dbport", "dbname", "dbuser", "dbpass", "policy_table", "statedir"

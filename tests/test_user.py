@@ -213,7 +213,7 @@ def test_what_else_holds_her_is_told(tmp_path: Path) -> None:
     lines = ["hourquota=010", "max_networks=4", "networks_window=01h", "blacklist=ben", "blacklist=Anna", "mode=Audit"]
     known = facts(printed(run("-c", settings_file(tmp_path, {"statedir": str(tmp_path)}, *lines), "anna")))
     assert known["state"] == (
-        "ok: messages go on; HOLD: on the blacklist, line 6 of the settings; HOLD: the hour quota is reached;"
+        "HOLD: on the blacklist, line 6 of the settings; HOLD: the hour quota is reached;"
         " HOLD: comes from too many networks; but nothing is held or refused: mode=audit"
     )
     assert known["last hour"] == "10 recipients of an hour quota of 10"
@@ -225,6 +225,32 @@ def test_what_else_holds_her_is_told(tmp_path: Path) -> None:
     assert known["networks"] == "4 in 01h; more than 4 are held"
     assert known["last hour"] == "10 recipients of an hour quota of 11"
     assert known["state"] == "ok: messages go on"
+
+
+def test_networks_of_forgiven_messages_do_not_count(tmp_path: Path) -> None:
+    clients = ["192.0.2.1", "198.51.100.1", "203.0.113.5"]
+    fill_store(tmp_path, [Entry(60, "anna", n % 3, client=client) for n, client in enumerate(clients)])
+    known = facts(printed(run("-c", settings_file(tmp_path, {"statedir": str(tmp_path)}, "max_networks=1"), "anna")))
+    assert known["networks"] == "2 in 1h; more than 1 are held"
+
+
+@pytest.mark.parametrize(
+    ("quota", "last_hour"),
+    [
+        ("anna:unlimited", None),
+        ("anna:unlimited:7", "4 recipients of an hour quota of 7"),
+        ("anna:9", "4 recipients of an hour quota of 5"),
+        ("anna:9:0", None),
+        ("anna:9:unlimited", None),
+    ],
+)
+def test_whose_quota_has_no_end_has_none_for_the_hour_either(
+    tmp_path: Path, quota: str, last_hour: str | None
+) -> None:
+    """Unless it is given; as in policyd."""
+    fill_store(tmp_path, [Entry(60, "anna", 4)])
+    settings = settings_file(tmp_path, {"statedir": str(tmp_path)}, "hourquota=5", f"quota={quota}")
+    assert facts(printed(run("-c", settings, "anna"))).get("last hour") == last_hour
 
 
 def test_ten_addresses_and_how_many_more(tmp_path: Path) -> None:
