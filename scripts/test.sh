@@ -80,6 +80,7 @@ need libsasl2-modules installed libsasl2-modules
 need shellcheck command -v shellcheck
 need sqlite3 command -v sqlite3
 need systemd command -v systemd-analyze
+need mandoc command -v mandoc
 if [ -n "$missing" ]; then
     [ "$(id -u)" -eq 0 ] || die "packages are missing; as root: apt-get install$missing"
     install_packages
