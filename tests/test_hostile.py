@@ -219,8 +219,7 @@ def test_there_are_as_many_connections_as_the_settings_say(policyd: Start) -> No
 
 def test_with_80_descriptors_it_neither_dies_nor_spins(policyd: Start) -> None:
     """What is open is served, at the price that it has without the crowd outside, and later there is room again."""
-    with descriptors(80):
-        daemon = policyd(max_connections=1000)
+    daemon = policyd(mounts=descriptors(80), max_connections=1000)
     with connections(daemon, 80 - 64) as served:
         assert {ask_on(connection) for connection in served} == {"DUNNO"}
         began = processor_s(daemon)
