@@ -109,8 +109,6 @@ TABLE_LOOK_S = 60  # how long a connection trusts what it has seen of the table'
 PURGE_SLICE = 10_000  # rows of one DELETE
 REPLAY_SLICE = 500  # rows of the journal that one INSERT takes between two batches
 LAST_KNOWN_SUMS = 100_000
-TRACES = 1000  # the most that a mail shows
-TRACES_TIMEOUT_S = 30
 FIRST_PURGE_S = 60
 RETRY_PURGE_S = 3600
 HOUR_S = 3600
@@ -118,6 +116,8 @@ DAY_S = 86_400
 FIGURES_S = 60  # between two versions of policyd.prom
 MAILS_AN_HOUR = 20
 MAILED_QUEUE_IDS = 100
+MAILED_TRACES = 1000
+TRACES_TIMEOUT_S = 30
 MAIL_TIMEOUT_S = 30
 RETRY_MAIL_S = 60
 GIVE_UP_MAIL_S = 3600
@@ -233,7 +233,7 @@ Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 class UserList:
     """A whitelist or a blacklist: logins, senders, client addresses, and networks in CIDR form."""
 
-    def __init__(self, entries: Iterable[str | Network] = ()) -> None:
+    def __init__(self, entries: Sequence[str | Network] = ()) -> None:
         self._texts = {entry for entry in entries if isinstance(entry, str)}
         self._networks = [entry for entry in entries if not isinstance(entry, str)]
 
@@ -309,7 +309,7 @@ def read_message(text: str) -> str:
 
 def read_address(text: str) -> str:
     """Read a mail address, lower-cased."""
-    if not text.isascii() or not re.fullmatch(r"[^@<>,\s]+@[^@<>,\s]+", text):
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+@[A-Za-z0-9.-]+", text):
         raise ValueError("give a mail address, for example helpdesk@example.org")
     return text.lower()
 
@@ -664,7 +664,7 @@ def decide(
     return DUNNO
 
 
-@functools.lru_cache(maxsize=100_000)
+@functools.lru_cache(maxsize=10_000)
 def network_of(client_address: str, trusted: UserList) -> str | None:
     """Return the /24 (IPv4) or /48 (IPv6) of a client; None if it is trusted, or "unknown"."""
     try:
@@ -864,8 +864,8 @@ class ConnectionPool:
     def connect(self, deadline: float, statement_timeout_s: int) -> Connection[Any]:
         """Connect to the first server that answers (0: statements may take their time)."""
         failures = []
-        for _ in range(len(self._servers)):
-            host, port = self._servers[0]
+        for server in tuple(self._servers):
+            host, port = server
             patience = min(CONNECT_TIMEOUT_S, deadline - time.monotonic())
             socket_path = host if host.startswith("/") else None
             try:
@@ -887,7 +887,8 @@ class ConnectionPool:
                 )
             except Exception as error:  # what answers there may speak anything, and PyMySQL trip over it anyhow
                 failures.append(f"{host}: {error}")
-                self._servers.rotate(-1)
+                if self._servers[0] == server:  # else another thread has passed it over
+                    self._servers.rotate(-1)
         raise RepositoryUnavailable("; ".join(failures))
 
     def pass_over(self) -> None:
@@ -1101,7 +1102,7 @@ class MariaDBRepository:
             table = self._look(connection)
             login = fit(login, table.columns[0])
             statement = self.TRACES.format(table=self._name, index=table.force_index, login=table.login)
-            return [Trace(*row) for row in query(connection, statement, (login, login, TRACES))]
+            return [Trace(*row) for row in query(connection, statement, (login, login, MAILED_TRACES))]
 
     def check(self, deadline: float) -> str:
         """See Repository."""
@@ -1145,8 +1146,9 @@ class MariaDBRepository:
 
     def _look(self, connection: Connection[Any]) -> Table:
         """Return what is known of the table, looked at anew every minute: it may be upgraded under us."""
-        if self._table and time.monotonic() - self._table[1] < TABLE_LOOK_S:
-            return self._table[0]
+        seen = self._table
+        if seen and time.monotonic() - seen[1] < TABLE_LOOK_S:
+            return seen[0]
         columns = {
             name: ((width, CODECS.get(charset, "ascii")), collation)
             for name, width, charset, collation in query(connection, self.COLUMNS, [self._name])
@@ -1260,10 +1262,10 @@ class SQLiteRepository:
         logins = [event.sasl_username for event in events]
         return run_up(logins, events, self.totals(logins, scope))
 
-    def totals(self, logins: Iterable[str], scope: Scope) -> dict[str, Usage]:
-        """Return each login's usage."""
+    def totals(self, logins: Iterable[str], scope: Scope, closely: bool = False) -> dict[str, Usage]:
+        """Return each login's usage; if `closely`, without bounds in place of figures."""
         extremes = self.EXTREMES if scope.window_s else "NULL, NULL"
-        looks = [found.format(extremes=extremes) for found in (self.FOUND, self.FOUND_CLOSELY)]
+        looks = [found.format(extremes=extremes) for found in (self.FOUND, self.FOUND_CLOSELY)[closely:]]
         since = {"day": self._ms_ago(DAY_S), "hour": self._ms_ago(HOUR_S), "window": self._ms_ago(scope.window_s)}
         totals = dict.fromkeys(logins, Usage(0))
         with self._connection() as connection:
@@ -1282,7 +1284,7 @@ class SQLiteRepository:
     def traces(self, login: str) -> list[Trace]:
         """See Repository."""
         with self._connection() as connection:
-            return [Trace(*row) for row in connection.execute(self.TRACES, (login, self._ms_ago(DAY_S), TRACES))]
+            return [Trace(*row) for row in connection.execute(self.TRACES, (login, self._ms_ago(DAY_S), MAILED_TRACES))]
 
     def check(self, deadline: float) -> str:
         """See Repository."""
@@ -1358,8 +1360,8 @@ def open_repository(settings: Settings) -> Repository:
 
 # ---- recorder: group commit and outage journal; it knows neither SQL nor Postfix -----------------------------
 
-OnSum = Callable[[Optional[Usage]], None]
-Batch = list[tuple[Event, OnSum]]
+OnUsage = Callable[[Optional[Usage]], None]
+Batch = list[tuple[Event, OnUsage]]
 
 
 class Journal:
@@ -1417,9 +1419,9 @@ class Journal:
 
     def totals(self, logins: Sequence[str], scope: Scope) -> dict[str, Usage]:
         """Return what the journal holds of each login."""
-        totals = self._memory.totals(logins, scope)
+        totals = self._memory.totals(logins, scope, closely=True)
         with contextlib.suppress(RepositoryUnavailable):
-            for login, usage in self._file.totals(logins, scope).items():
+            for login, usage in self._file.totals(logins, scope, closely=True).items():
                 totals[login] = totals[login].plus(usage)
         return totals
 
@@ -1462,7 +1464,7 @@ class LastKnown:
         """Let them grow by events of this age in s, which the store has taken since."""
         for age_s, (login, _, client_address, recipients) in events:
             more = Usage(
-                recipients,
+                recipients if age_s < DAY_S else 0,
                 recipients if age_s < HOUR_S else 0,
                 frozenset([client_address] if age_s < scope.window_s else []),
             )
@@ -1511,7 +1513,7 @@ class Recorder:
         self._journal = journal
         self._journaled = 0  # events in the journal
         self._last_known = LastKnown()
-        self._waiting: queue.SimpleQueue[tuple[Event, OnSum] | None] = queue.SimpleQueue()  # None: look around
+        self._waiting: queue.SimpleQueue[tuple[Event, OnUsage] | None] = queue.SimpleQueue()  # None: look around
         self._batch_began: float | None = None  # monotonic, like all times here
         self._away = threading.Event()  # set by the recorder's thread, cleared by the one that finds the store again
         self._outage: Outage | None = None  # until the journal is empty
@@ -1519,7 +1521,7 @@ class Recorder:
         self._known: queue.SimpleQueue[tuple[Batch, Sequence[Usage | None]] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
-            for target, name in ((self._work, "recorder"), (self._tell_sums, "teller"), (self._find_store, "reconnect"))
+            for target, name in ((self._work, "recorder"), (self._tell_all, "teller"), (self._find_store, "reconnect"))
         ]
 
     def start(self) -> None:
@@ -1527,12 +1529,12 @@ class Recorder:
         for thread in self._threads:
             thread.start()
 
-    def record(self, event: Event, on_sum: OnSum) -> None:
-        """Count `event`, then call on_sum(its login's sum of 24 h with it), or on_sum(None): it cannot be counted.
+    def record(self, event: Event, on_usage: OnUsage) -> None:
+        """Count `event`, then call on_usage(what its login has used with it), or on_usage(None): it cannot be counted.
 
-        Thread-safe.  `on_sum` is called in a thread of the recorder's, for which all others wait: it must not block.
+        Thread-safe.  `on_usage` is called in a thread of the recorder's, for which all others wait: it must not block.
         """
-        self._waiting.put((event, on_sum))
+        self._waiting.put((event, on_usage))
 
     def longest_wait_s(self) -> float:
         """Return for how long the batch at work has kept its events, and those behind it, waiting.
@@ -1585,18 +1587,20 @@ class Recorder:
     def _replaying(self) -> bool:
         return self._outage is not None and not self._away.is_set()
 
-    def _tell_sums(self) -> None:
+    def _tell_all(self) -> None:
         """Tell the sums of one batch while the store is at work on the next."""
         while (known := self._known.get()) is not None:
             self._tell(*known)
 
     @staticmethod
-    def _tell(batch: Batch, sums: Sequence[Usage | None]) -> None:
-        for (_, on_sum), recipients in zip(batch, sums):
+    def _tell(batch: Batch, usages: Sequence[Usage | None]) -> None:
+        for (_, on_usage), usage in zip(batch, usages):
             try:
-                on_sum(recipients)
-            except Exception:  # a fault of ours must not end this thread
+                on_usage(usage)
+            except Exception:  # a fault of ours must not end this thread, nor keep the client waiting
                 log.error(f"internal error: {traceback.format_exc()}")
+                with contextlib.suppress(Exception):
+                    on_usage(None)
 
     def _gather(self) -> Batch:
         """Return what waits; wait for it, unless there is something to replay."""
@@ -1621,13 +1625,13 @@ class Recorder:
                 self._begin_outage(error)
             else:
                 kept = [event for n, event in enumerate(events) if n not in refused]
-                sums = iter(self._sums(kept, deadline))
+                sums = iter(self._usages(kept, deadline))
                 return [None if n in refused else next(sums) for n in range(len(events))]
         self._journal.insert(events)
         self._journaled += len(events)
-        return self._sums_in_outage(events)
+        return self._usages_in_outage(events)
 
-    def _sums(self, events: list[Event], deadline: float) -> list[Usage]:
+    def _usages(self, events: list[Event], deadline: float) -> list[Usage]:
         """Return the sums of `events`, which the store has taken."""
         now = time.monotonic()
         try:
@@ -1635,7 +1639,7 @@ class Recorder:
         except Exception as error:
             self._begin_outage(error)
             self._last_known.add([(0.0, event) for event in events], self.scope, now)
-            return self._sums_in_outage(events)
+            return self._usages_in_outage(events)
         for event, usage in zip(events, sums):
             self._last_known.put(event.sasl_username, usage, now)
         if not self._journaled:
@@ -1643,7 +1647,7 @@ class Recorder:
         waiting = self._journal.totals([event.sasl_username for event in events], self.scope)
         return [usage.plus(waiting[event.sasl_username]) for event, usage in zip(events, sums)]
 
-    def _sums_in_outage(self, events: list[Event]) -> list[Usage]:
+    def _usages_in_outage(self, events: list[Event]) -> list[Usage]:
         """Return the last known sums plus the journal's: one of them has `events` already."""
         now = time.monotonic()
         logins = [event.sasl_username for event in events]
@@ -1710,7 +1714,7 @@ def purge_daily(repository: Repository, keep_days: Callable[[], int], closing: t
         days = keep_days()
         try:
             deleted = repository.purge(days)
-        except RepositoryUnavailable as error:
+        except Exception as error:  # whatever it is, tomorrow is another day
             pause = RETRY_PURGE_S
             log.warning(f"old events stay for now: {error}")
         else:
@@ -1739,6 +1743,7 @@ class Case:
     began: float  # seconds since 1970
     recipients: int = 0  # of the last 24 h, as last seen
     queue_ids: list[str] = dataclasses.field(default_factory=list)  # of what was held so far
+    failing_since: float = 0.0  # monotonic; 0: no mail about it has failed yet
 
     def headline(self) -> str:
         """Return the case on one line fit for a header: of what a client chose, only harmless letters."""
@@ -1801,7 +1806,7 @@ def describe(case: Case, traces: Sequence[Trace] | None, settings_file: str) -> 
             f" {trace.first} to {trace.last}, <{printable(trace.sender)}>"
             for trace in those
         ]
-    if len(traces or ()) == TRACES:
+    if len(traces or ()) == MAILED_TRACES:
         lines.append("... and more")
     do = commands(case.login, settings_file)
     lines += [
@@ -1839,7 +1844,7 @@ def post(subject: str, text: str, settings: Settings) -> None:
                 with contextlib.suppress(OSError):  # it has the mail, whatever it says now
                     smtp.quit()
                 return
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             failures.append(f"{server}: {error}")
     raise OSError("; ".join(failures))
 
@@ -1863,11 +1868,11 @@ class Notices:
         self._repository = repository
         self._settings = settings
         self._settings_file = settings_file
-        self._cases: dict[str, Case] = {}  # of the last 24 h
         self._new: queue.SimpleQueue[Case] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards _cases
         self._mailed = read_mailed(path)
-        self._cases = {login: Case(login, "", began) for login, began in self._mailed.items()}
+        self._cases = {login: Case(login, "", began) for login, began in self._mailed.items()}  # of the last 24 h
+        self._lock = threading.Lock()  # guards _cases
+        self._complaint = ""  # the last one logged
 
     def note(self, login: str, rule: str, recipients: int, held_queue_id: str) -> None:
         """Take note of a message that was held (as `held_queue_id`, if that is not empty) or refused."""
@@ -1886,37 +1891,51 @@ class Notices:
         """Mail case by case; beyond so many an hour the rest together when the hour is over.  Ends with `closing`."""
         sent: collections.deque[float] = collections.deque(maxlen=MAILS_AN_HOUR)
         waiting: list[Case] = []
+        is_crowd = False  # too many for a mail each
         while not closing.is_set():
-            full_for_s = sent[0] + HOUR_S - time.monotonic() if len(sent) == MAILS_AN_HOUR else 0.0
+            pause = max(0.0, sent[0] + HOUR_S - time.monotonic()) if is_crowd else RETRY_MAIL_S
             with contextlib.suppress(queue.Empty):
-                waiting.append(self._new.get(timeout=max(0.0, full_for_s) if waiting else None))
-            if waiting and (len(sent) < MAILS_AN_HOUR or time.monotonic() - sent[0] >= HOUR_S):
-                if self._deliver(waiting, closing):
+                waiting.append(self._new.get(timeout=pause if waiting else None))
+            letters = [waiting] if is_crowd else [[case] for case in waiting]
+            waiting, is_crowd = [], False
+            for cases in letters:
+                if len(sent) == MAILS_AN_HOUR and time.monotonic() - sent[0] < HOUR_S:
+                    waiting, is_crowd = waiting + cases, True
+                elif self._deliver(cases):
                     sent.append(time.monotonic())
-                waiting = []
+                else:
+                    waiting += self._not_given_up(cases)
 
-    def _deliver(self, cases: list[Case], closing: threading.Event) -> bool:
-        """Mail about `cases`; tell whether it was possible within an hour."""
-        give_up = time.monotonic() + GIVE_UP_MAIL_S
-        complaint = ""
-        while self._settings().notify:
-            try:
-                post(*self._letter(cases), self._settings())
-            except OSError as error:
-                if complaint != str(error):
-                    complaint = str(error)
-                    log.warning(f"no notice of {cases[0].headline()}: {complaint}; trying again for an hour")
-                if closing.wait(RETRY_MAIL_S) or time.monotonic() > give_up:
-                    log.error(f"gave up the notice of {', '.join(case.headline() for case in cases)}")
-                    self._forget(cases)
-                    return False
-            except Exception:  # a fault of ours must not end this thread
-                log.error(f"internal error: {traceback.format_exc()}")
-                return False
-            else:
-                self._remember(cases)
-                return True
-        return False  # a reload has switched the mails off
+    def _deliver(self, cases: list[Case]) -> bool:
+        """Mail about `cases`; tell whether it was possible."""
+        settings = self._settings()
+        if not settings.notify:  # a reload has switched the mails off
+            return False
+        try:
+            post(*self._letter(cases), settings)
+        except Exception as error:
+            reason = str(error) if isinstance(error, OSError) else traceback.format_exc()
+            if reason != self._complaint:
+                self._complaint = reason
+                log.warning(f"no notice of {cases[0].headline()}: {reason}; trying again for an hour")
+            return False
+        self._complaint = ""
+        self._remember(cases)
+        return True
+
+    def _not_given_up(self, cases: list[Case]) -> list[Case]:
+        """Return those that shall be tried again; the others are forgotten: their next message may be the first."""
+        now = time.monotonic()
+        again = []
+        for case in cases:
+            case.failing_since = case.failing_since or now
+            if now - case.failing_since < GIVE_UP_MAIL_S:
+                again.append(case)
+                continue
+            log.error(f"gave up the notice of {case.headline()}")
+            with self._lock:
+                self._cases.pop(case.login, None)
+        return again
 
     def _letter(self, cases: list[Case]) -> tuple[str, str]:
         """Return subject and text."""
@@ -1927,12 +1946,6 @@ class Notices:
         with contextlib.suppress(RepositoryUnavailable):
             traces = self._repository.traces(cases[0].login)
         return f"policyd: {cases[0].headline()}", describe(cases[0], traces, self._settings_file)
-
-    def _forget(self, cases: list[Case]) -> None:
-        """Nobody was told: the next message may be the first again."""
-        with self._lock:
-            for case in cases:
-                self._cases.pop(case.login, None)
 
     def _remember(self, cases: list[Case]) -> None:
         since = time.time() - DAY_S
@@ -1969,13 +1982,16 @@ class RecentAnswers:
                 self._settled.wait()
             return answer
 
-    def settle(self, key: object, answer: str) -> None:
-        """Remember the answer to `key`."""
+    def settle(self, key: object, answer: str) -> bool:
+        """Remember the answer to `key`; tell whether it is the first."""
         with self._settled:
+            if self._answers.get(key) is not None:
+                return False
             self._answers[key] = answer
             if len(self._answers) > REMEMBERED_ANSWERS:
                 self._answers.popitem(last=False)
             self._settled.notify_all()
+            return True
 
 
 def judge(usage: Usage, limits: Limits, settings: Settings) -> tuple[str, str]:
@@ -2092,8 +2108,8 @@ class Policy:
             return reply(known)
 
         def settle(answer: str) -> None:
-            self._recent.settle(key, answer)
-            reply(answer)
+            if self._recent.settle(key, answer):
+                reply(answer)
 
         try:
             self._judge(request, settle)
@@ -2132,7 +2148,7 @@ class Policy:
             log.info(f"skipping whitelisted user: {message}")
             return reply(DUNNO)
 
-        def on_sum(usage: Usage | None) -> None:
+        def on_usage(usage: Usage | None) -> None:
             if usage is None:
                 return reply(DUNNO)
             decision, rule = judge(usage, settings.limits_of(login), settings)
@@ -2147,7 +2163,7 @@ class Policy:
             )
             stop(decision, rule, usage.recipients, counted, line)
 
-        self._recorder.record(event, on_sum)
+        self._recorder.record(event, on_usage)
 
 
 class RequestStream(io.RawIOBase):
@@ -2280,7 +2296,10 @@ class PolicyServer(socketserver.ThreadingTCPServer):
             self.address_family = socket.AF_UNIX
             remove_stale_socket(bind)
         else:
-            found = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            try:
+                found = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            except UnicodeError as error:
+                raise OSError(errno.EINVAL, "this is no host name") from error
             self.address_family, _, _, _, address = found[0]
         umask = os.umask(0o117)  # a Unix socket is for its owner and group
         try:
@@ -2348,7 +2367,7 @@ class PolicyServer(socketserver.ThreadingTCPServer):
 EXIT_SETTINGS = 78  # EX_CONFIG: systemd does not restart us
 
 
-def notify(*lines: str) -> None:
+def sd_notify(*lines: str) -> None:
     """Tell systemd, if it listens (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
@@ -2415,7 +2434,7 @@ class Daemon:
         threading.Thread(target=purge_daily, args=purging, daemon=True).start()
         threading.Thread(target=self.publish, daemon=True).start()
         threading.Thread(target=self._notices.mail, args=(self._closing,), daemon=True).start()
-        notify("READY=1", f"STATUS={self.status()}")
+        sd_notify("READY=1", f"STATUS={self.status()}")
         pause = min(10.0, int(os.environ.get("WATCHDOG_USEC") or 20_000_000) / 2e6)  # half of what systemd allows
         while True:
             received = signal.sigtimedwait(self.SIGNALS, pause)
@@ -2427,7 +2446,7 @@ class Daemon:
             if number == signal.SIGUSR1:
                 log.info(self.status())
             if self._recorder.longest_wait_s() < STUCK_S:
-                notify("WATCHDOG=1", f"STATUS={self.status()}")
+                sd_notify("WATCHDOG=1", f"STATUS={self.status()}")
 
     def status(self) -> str:
         """Return the figures of the moment on one line."""
@@ -2482,7 +2501,7 @@ class Daemon:
 
     def reload(self) -> None:
         """Read the settings again, whole or not at all."""
-        notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        sd_notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             new = Settings.from_file(self._settings_file) if self._settings_file else Settings()
         except SettingsError as error:
@@ -2494,11 +2513,11 @@ class Daemon:
             self._recorder.scope = scope_of(new)  # first: a higher quota needs to know more
             self._policy.settings = new
             log.info(f"settings read again: {self._settings_file or 'there is no file'}")
-        notify("READY=1", f"STATUS={self.status()}")
+        sd_notify("READY=1", f"STATUS={self.status()}")
 
     def stop(self) -> None:
         """Answer what is in flight and write what is recorded, in 5 seconds at most."""
-        notify("STOPPING=1")
+        sd_notify("STOPPING=1")
         deadline = time.monotonic() + DRAIN_S
         self._closing.set()
         self._server.drain(deadline)

@@ -233,7 +233,7 @@ def test_what_is_known_of_a_login_is_forgotten_when_its_time_is_over() -> None:
 def test_what_the_store_took_since_adds_to_what_is_known_as_far_as_it_is_new_enough() -> None:
     known = LastKnown()
     known.put("anna", Usage(7, 5, frozenset(["192.0.2.1"])), 1000)
-    ages = [0.0, 1800.0, HOUR_S]
+    ages = [0.0, 1800.0, HOUR_S, DAY_S]
     known.add([(age, event("anna", 2, address=f"192.0.2.{n}")) for n, age in enumerate(ages, start=2)], WATCHFUL, 1001)
     known.add([(0.0, event("bert", 3))], WATCHFUL, 1001)
     assert known.get("anna", WATCHFUL, 1001) == Usage(13, 9, frozenset(["192.0.2.1", "192.0.2.2"]))

@@ -122,6 +122,12 @@ def test_an_address_that_is_not_ours_is_said(tmp_path: Path, bind: str, shown: s
     )
 
 
+@pytest.mark.parametrize("bind", ["a..b", "x" * 64 + ".example.org"])
+def test_what_can_be_no_host_name_is_said(tmp_path: Path, bind: str) -> None:
+    port = free_port()
+    assert refusal(tmp_path, bind=bind, port=port).startswith(f"policyd: cannot listen on inet:{bind}:{port}: ")
+
+
 def test_it_starts_again_at_once_on_the_port_it_had(policyd: Start) -> None:
     """Although connections of its last life may linger in the kernel."""
     daemon = policyd()

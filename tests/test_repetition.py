@@ -11,7 +11,7 @@ from typing import Callable
 
 import pytest
 from servers import START_TIMEOUT_S, Policyd, policyd_factory, read_answer, request_bytes
-from stores import WHOLE, sums
+from stores import WHOLE, KeptLog, sums
 
 import policyd as module
 from policyd import Event, Journal, Policy, PolicyServer, RecentAnswers, Recorder, Settings, SQLiteRepository
@@ -170,8 +170,26 @@ def test_the_last_10_000_answers_are_remembered() -> None:
 class BrokenRecorder:
     """Fails as no recorder should."""
 
-    def record(self, event: Event, on_sum: module.OnSum) -> None:
+    def record(self, event: Event, on_usage: module.OnUsage) -> None:
         raise RuntimeError("a fault of ours")
+
+
+class OddRecorder:
+    """Tells what no recorder should."""
+
+    def record(self, event: Event, on_usage: module.OnUsage) -> None:
+        Recorder._tell([(event, on_usage)], ["no usage"])  # type: ignore[list-item]
+
+
+def test_a_fault_of_ours_in_the_decision_is_answered_once(logged: KeptLog) -> None:
+    policy = Policy(Settings(), OddRecorder())  # type: ignore[arg-type]
+    request = module.PolicyRequest("END-OF-MESSAGE", "1.2.3", "4Xk", "anna", "anna@x", "192.0.2.1", "", 1)
+    replies: list[str] = []
+    policy.answer(request, "127.0.0.1", replies.append)
+    assert replies == ["DUNNO"]
+    assert len(logged.errors()) == 1
+    policy.answer(request, "127.0.0.1", replies.append)
+    assert replies == ["DUNNO", "DUNNO"]
 
 
 def test_after_a_fault_of_ours_nobody_waits_for_the_answer() -> None:
