@@ -979,13 +979,18 @@ class MariaDBRepository:
     BINARY = "CONVERT(sasl_username USING utf8mb4) COLLATE utf8mb4_bin"  # equal only if it is
     FOUND = "SUM(recipient_count), COUNT(*)"
     EXTREMES = "MIN(client_address), MAX(client_address)"
-    CLOSELY = (  # takes twice the time
-        "COALESCE(SUM(IF(ts > CURRENT_TIMESTAMP(3) - INTERVAL 1 HOUR, recipient_count, 0)), 0), GROUP_CONCAT(DISTINCT"
-        " IF(ts > CURRENT_TIMESTAMP(3) - INTERVAL {window_s} SECOND AND recipient_count > 0, client_address, NULL))"
+    LATELY = (
+        "COALESCE(SUM(IF(ts > CURRENT_TIMESTAMP(3) - INTERVAL 1 HOUR, recipient_count, 0)), 0),"
+        " GROUP_CONCAT(DISTINCT IF(ts > CURRENT_TIMESTAMP(3) - INTERVAL {window_s} SECOND, client_address, NULL))"
     )
     SUM = (  # of many logins at once; the column's collation may find more of them than were asked for
         "SELECT {login} AS login, {found} FROM `{table}` {index}"
         f" WHERE sasl_username IN ({{logins}}) AND {DAY} GROUP BY login"
+    )
+    CLOSER_LOOK = (  # beside it: at those rows only that the hour and the window have
+        "SELECT {login} AS login, NULL, NULL, NULL, NULL, {lately} FROM `{table}` {index}"
+        " WHERE sasl_username IN ({logins}) AND ts > CURRENT_TIMESTAMP(3) - INTERVAL {span_s} SECOND"
+        " AND recipient_count > 0 GROUP BY login"
     )
     BOUNDED_SUM = (  # of one login's newest rows, so that a long history costs no more than a short one
         "SELECT %s, {found} FROM (SELECT ts, client_address, recipient_count FROM `{table}` {index}"
@@ -1053,47 +1058,51 @@ class MariaDBRepository:
         asked = set(logins)
         while asked:  # once, and again for those that turn out to need a closer look
             set_deadline(connection, deadline)
-            rows = query(connection, *self._question(table, asked, reaches, scope))
-            answers = {login.rstrip(" "): Found(*found) for login, *found in rows}
-            again = set()
-            for login in asked & answers.keys():
-                found = answers[login]
-                totals[login] = found.usage()
-                (self._long.add if found.messages >= reaches[login].rows else self._long.discard)(login)
-                is_close = found.wants_a_closer_look(reaches[login], scope)
+            close = asked & self._close
+            found: dict[str, Found] = {}
+            lately: dict[str, list[Any]] = {}
+            for login, *row in query(connection, *self._question(table, asked, close, reaches, scope)):
+                if row[1] is None:
+                    lately[login.rstrip(" ")] = row[4:]
+                else:
+                    found[login.rstrip(" ")] = Found(*row)
+            asked &= found.keys()
+            for login in tuple(asked):
+                look = found[login]
+                if login in close and look.of_hour is None:
+                    of_hour, addresses = lately.get(login, (0, None))
+                    look = look._replace(of_hour=of_hour, addresses=addresses)
+                totals[login] = look.usage()
+                (self._long.add if look.messages >= reaches[login].rows else self._long.discard)(login)
+                is_close = look.wants_a_closer_look(reaches[login], scope)
                 (self._close.add if is_close else self._close.discard)(login)
-                if is_close and found.of_hour is None:
-                    again.add(login)
-            asked = again
+                if not is_close or login in close:
+                    asked.discard(login)
         return run_up(logins, events, totals)
 
     def _question(
-        self, table: Table, logins: set[str], reaches: dict[str, Reach], scope: Scope
+        self, table: Table, logins: set[str], close: set[str], reaches: dict[str, Reach], scope: Scope
     ) -> tuple[str, list[object]]:
-        """Return the statement that asks for `logins`, and its arguments."""
-        close = logins & self._close
-        if close and not table.force_index:
-            close = logins  # the whole table is read: once, not twice
+        """Return the statement that asks for `logins`, with a closer look at some, and its arguments."""
         found = [self.FOUND]  # no column that is not needed: the driver takes its time for each
         if scope.window_s or close:
             found.append(self.EXTREMES if scope.window_s else "NULL, NULL")
-        found_closely = [*found, self.CLOSELY.format(window_s=scope.window_s)]
-        if close:
-            found.append("NULL, NULL")
+        lately = self.LATELY.format(window_s=scope.window_s)
+        found_closely = ", ".join([*found, lately])
+        words = {
+            "table": self._name, "index": table.force_index, "login": table.login, "lately": lately,
+            "span_s": max(HOUR_S, scope.window_s), "found": ", ".join([*found, "NULL, NULL"] if close else found),
+        }
         parts: list[str] = []
         arguments: list[object] = []
-        for group, columns in ((logins - close, found), (close, found_closely)):
-            words = {
-                "table": self._name, "index": table.force_index, "login": table.login, "found": ", ".join(columns)
-            }
-            bounded = group & self._long if table.force_index else set()
-            for login in bounded:
-                parts.append(self.BOUNDED_SUM.format(**words))
-                arguments += [login, login, login, reaches[login].rows]
-            others = group - bounded
-            if others:
-                parts.append(self.SUM.format(logins=", ".join(["%s"] * len(others)), **words))
-                arguments += others
+        bounded = logins & self._long if table.force_index else set()
+        for login in bounded:
+            parts.append(self.BOUNDED_SUM.format(**{**words, "found": found_closely} if login in close else words))
+            arguments += [login, login, login, reaches[login].rows]
+        for statement, group in ((self.SUM, logins - bounded), (self.CLOSER_LOOK, close - bounded)):
+            if group:
+                parts.append(statement.format(logins=", ".join(["%s"] * len(group)), **words))
+                arguments += group
         return " UNION ALL ".join(parts), arguments
 
     def traces(self, login: str) -> list[Trace]:

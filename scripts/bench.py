@@ -43,7 +43,7 @@ from servers import IN_PRIVATE_DEV, Database, MariaDB, free_port, program, tempo
 CONNECTIONS = (1, 16, 64)
 WARM_UP_S = 0.5
 ANSWER_TIMEOUT_S = 10
-LOGINS_WITH_HISTORY = 20_000
+LOGINS = 20_000
 EARLY_SIGNS = {"hourquota": "999999999", "max_networks": "10"}  # asked for, and never reached
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 REQUEST = """\
@@ -236,7 +236,7 @@ def add_history(database: Database, rows: int) -> None:
         "INSERT INTO events (ts, sasl_username, sender, client_address, recipient_count)"
         " SELECT CURRENT_TIMESTAMP(3) - INTERVAL seq * %s MICROSECOND, CONCAT('u', seq %% %s),"
         " 'somebody@example.org', '10.0.0.1', 1 + seq %% 5 FROM seq_1_to_" + str(rows),
-        (86_000_000_000 // rows, LOGINS_WITH_HISTORY),
+        (86_000_000_000 // rows, LOGINS),
     )
 
 
@@ -261,7 +261,6 @@ class Row(NamedTuple):
 def measure(arguments: argparse.Namespace, database: Database | None) -> int:
     """Print the table; return 1 if anything was lost, doubled or not answered."""
     port, early_port, bare_port = free_port(), free_port(), free_port()
-    logins = LOGINS_WITH_HISTORY if arguments.history else 1000
     answered: Counter[str] = Counter()
     errors = 0
     rows: dict[int, list[Row]] = {connections: [] for connections in CONNECTIONS}
@@ -273,11 +272,11 @@ def measure(arguments: argparse.Namespace, database: Database | None) -> int:
         before = sums(database, [])
         watched = [pid, *([database.server.pid] if database else [])]
         for connections in CONNECTIONS * arguments.rounds:
-            bare_load = ask_from_processes(bare_port, connections, arguments.seconds, logins)
+            bare_load = ask_from_processes(bare_port, connections, arguments.seconds, LOGINS)
             began = [cpu_s(process) for process in watched]
-            load = ask_from_processes(port, connections, arguments.seconds, logins)
+            load = ask_from_processes(port, connections, arguments.seconds, LOGINS)
             used = [cpu_s(process) - earlier for process, earlier in zip(watched, began)]
-            early_load = ask_from_processes(early_port, connections, arguments.seconds, logins)
+            early_load = ask_from_processes(early_port, connections, arguments.seconds, LOGINS)
             answered += load.answered + early_load.answered
             errors += load.errors + bare_load.errors + early_load.errors
             rows[connections].append(row_of(load, bare_load, early_load, arguments.seconds, used))
@@ -317,7 +316,7 @@ def main() -> int:
     parser.add_argument("--store", choices=("mariadb", "old-table", "embedded"), default="mariadb",
                         help="the table of schema.sql (default), go-policyd's table, or the SQLite file")
     parser.add_argument("--history", type=int, default=0, metavar="ROWS",
-                        help=f"events of the last 24 h in the table beforehand, over {LOGINS_WITH_HISTORY} logins")
+                        help=f"events of the last 24 h in the table beforehand, over {LOGINS} logins")
     parser.add_argument("--seconds", type=float, default=3, help="of each measurement (default 3)")
     parser.add_argument("--rounds", type=int, default=3, help="the medians of how many are shown (default 3)")
     arguments = parser.parse_args()
