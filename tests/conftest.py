@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Callable
 
 import hypothesis
 import pytest
-from servers import ROOT, Database, MariaDB, Policyd, Postfix, policyd_factory
-from stores import KeptLog
-
-SCHEMA = (ROOT / "scripts" / "schema.sql").read_text()
-
-# The table of go-policyd, as it stands at existing sites.
-OLD_SCHEMA = """
-CREATE TABLE `events` (
-  `ts` DATETIME(3) NOT NULL DEFAULT CURRENT_TIMESTAMP ON UPDATE CURRENT_TIMESTAMP,
-  `sasl_username` char(8) NOT NULL DEFAULT '',
-  `sender` char(80) NOT NULL DEFAULT '',
-  `client_address` char(80) NOT NULL DEFAULT '',
-  `recipient_count` int(6) DEFAULT NULL,
-  PRIMARY KEY (`ts`,`sasl_username`,`sender`,`client_address`)
-) ENGINE=InnoDB DEFAULT CHARSET=latin1
-"""
-
+from servers import OLD_SCHEMA, SCHEMA, Database, MariaDB, Policyd, Postfix, policyd_factory
+from stores import KINDS, KeptLog, MariaStore, SQLiteStore, Store
 
 # --- the rules of the run ---
 
 
 def pytest_configure() -> None:
     hypothesis.settings.register_profile("policyd", deadline=None)  # no test depends on how fast it is
+    hypothesis.settings.register_profile("long", deadline=None, max_examples=100_000)  # --hypothesis-profile=long
     hypothesis.settings.load_profile("policyd")
     # A run that is told to end still ends its servers.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -81,7 +68,18 @@ def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("policyd.RETRY_DELAYS_S", (0.001, 0.01))
 
 
-# --- servers ---
+# --- stores and servers ---
+
+
+@pytest.fixture(params=KINDS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store; the test runs once with each kind, or with those that on_stores() names."""
+    if request.param == "SQLite":
+        return SQLiteStore(tmp_path / "events.sqlite3")
+    database: Database = request.getfixturevalue("database" if request.param == "schema.sql" else "old_database")
+    if request.param == "go-policyd with an index":
+        database.query("ALTER TABLE events ADD KEY by_login (sasl_username, ts)")
+    return MariaStore(database)
 
 
 @pytest.fixture(scope="session")

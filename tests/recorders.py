@@ -1,4 +1,4 @@
-"""What runs a Recorder in a test: whoever waits for a sum, and stores that wait or fail when they are told to."""
+"""What runs a Recorder in a test: with its threads or by hand, over stores that wait or fail when they are told to."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
-from stores import WHOLE
+from stores import GENEROUS, Clock
 
-from policyd import Event, Journal, Recorder, Repository, RepositoryUnavailable, Scope, SQLiteRepository, Usage
+from policyd import Event, Journal, Recorder, Repository, RepositoryUnavailable, Settings, SQLiteRepository, Usage
 
 PATIENCE_S = 20  # for what comes at once, unless the machine is very busy
 
@@ -22,17 +22,25 @@ class Waiter:
 
     def __init__(self, recorder: Recorder, recorded: Event) -> None:
         self._answered = threading.Event()
-        self.answers: list[int | None] = []
-        recorder.record(recorded, self._on_sum)
+        self.usages: list[Usage | None] = []
+        recorder.record(recorded, self._on_usage)
 
-    def _on_sum(self, usage: Usage | None) -> None:
-        self.answers.append(usage and usage.recipients)
+    def _on_usage(self, usage: Usage | None) -> None:
+        self.usages.append(usage)
         self._answered.set()
+
+    @property
+    def answers(self) -> list[int | None]:
+        """The sums that have been told so far: one, if all is well."""
+        return [usage and usage.recipients for usage in self.usages]
 
     def sum(self) -> int | None:
         """Wait for the answer and return it."""
         assert self._answered.wait(PATIENCE_S), "nobody answered"
         return self.answers[0]
+
+
+# --- stores that wait or fail ---
 
 
 class GatedRepository:
@@ -45,54 +53,28 @@ class GatedRepository:
         self.waiting = threading.Event()  # set when somebody has come to the gate
         self.batches: list[Sequence[Event]] = []
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
     def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
         self.batches.append(events)
         self.waiting.set()
         assert self.gate.wait(PATIENCE_S)
         return self._store.insert(events, deadline, times)
 
-    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[Usage]:
-        return self._store.sum_recipients(events, scope, deadline)
-
-    def check(self, deadline: float) -> str:
-        return self._store.check(deadline)
-
-    def purge(self, keep_days: int) -> int:
-        return self._store.purge(keep_days)
-
-    def init(self) -> str:
-        return self._store.init()
-
-
-class FaultyRepository(GatedRepository):
-    """A store with a fault of ours in one method, until it is mended."""
-
-    def __init__(self, store: Repository, faulty: str) -> None:
-        super().__init__(store)
-        self.faults = 0
-        self.is_mended = False
-        sound: Callable[..., Any] = getattr(self, faulty)
-
-        def fail(*arguments: Any) -> Any:
-            if self.is_mended:
-                return sound(*arguments)
-            self.faults += 1
-            raise ValueError("a fault of ours")
-
-        setattr(self, faulty, fail)
-
 
 class BreakableRepository(SQLiteRepository):
-    """An embedded store of which the methods named in `broken` fail as if it were away."""
+    """An embedded store of which the methods named in `broken` fail: as if it were away, or with a fault of ours."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
+    def __init__(self, path: str, clock: Clock | None = None) -> None:
+        super().__init__(path, *([clock] if clock else []))
         self.broken: frozenset[str] = frozenset()
+        self.fault: type[Exception] = RepositoryUnavailable
         self.checks = 0
 
     def _pass(self, method: str) -> None:
         if method in self.broken:
-            raise RepositoryUnavailable(f"{method} is broken")
+            raise self.fault(f"{method} is broken")
 
     def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
         self._pass("insert")
@@ -100,9 +82,9 @@ class BreakableRepository(SQLiteRepository):
             self._pass("replay")
         return super().insert(events, deadline, times)
 
-    def sum_recipients(self, events: Sequence[Event], scope: Scope, deadline: float) -> list[Usage]:
-        self._pass("sum_recipients")
-        return super().sum_recipients(events, scope, deadline)
+    def usages(self, events: Sequence[Event], settings: Settings, deadline: float) -> list[Usage]:
+        self._pass("usages")
+        return super().usages(events, settings, deadline)
 
     def check(self, deadline: float) -> str:
         self.checks += 1
@@ -110,19 +92,76 @@ class BreakableRepository(SQLiteRepository):
         return super().check(deadline)
 
 
-AWAY = frozenset(("insert", "sum_recipients", "check"))
+AWAY = frozenset(("insert", "usages", "check"))
+
+
+@contextlib.contextmanager
+def written_by_another(path: Path) -> Iterator[None]:
+    """Hold the lock of an embedded store, so that nobody else can write."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+
+
+# --- by hand ---
+
+
+class ByHand:
+    """A Recorder and its journal, driven step by step: no threads, and a clock that is set."""
+
+    def __init__(self, repository: Repository, path: Path, clock: Clock | None = None) -> None:
+        self.clock = clock or Clock()
+        self.journal = Journal(str(path), self.clock, self.clock)
+        self.recorder = Recorder(repository, self.journal, GENEROUS, clock=self.clock)
+        self.recorder.look_for_store()
+
+    def usages(self, *events: Event) -> list[Usage | None]:
+        """Record the events, which come in one batch, and return what is told."""
+        waiters = [Waiter(self.recorder, each) for each in events]
+        self.turn()
+        assert all(len(waiter.usages) == 1 for waiter in waiters), [waiter.usages for waiter in waiters]
+        return [waiter.usages[0] for waiter in waiters]
+
+    def sums(self, *events: Event) -> list[int | None]:
+        """The same, but the recipients only."""
+        return [usage and usage.recipients for usage in self.usages(*events)]
+
+    def turn(self) -> None:
+        """Do what the threads of the recorder and of the teller do once."""
+        self.recorder.turn()
+        self.recorder.tell_next()
+
+    def minute(self) -> None:
+        """Let a minute pass, after which the journal is looked at; then look for the store and replay all."""
+        self.clock.now += 60
+        self.turn()
+        if self.recorder.down_s() is not None:
+            self.recorder.look_for_store()
+        while self.journal.can_move() and self.recorder.down_s() is None:
+            self.turn()
+        self.turn()
+
+    def end(self) -> None:
+        """What the end of the process does."""
+        self.recorder.finish()
+        self.journal.close()
+
+
+# --- with threads ---
 
 
 def is_well(recorder: Recorder) -> bool:
     """Tell whether the store is there, and has all that the journal had."""
-    return recorder.down_s() is None and recorder.journaled == 0
+    return recorder.down_s() is None and recorder.journal.waiting == 0
 
 
 @contextlib.contextmanager
-def recording(repository: Repository, journal: Path | None = None) -> Iterator[Recorder]:
+def recording(
+    repository: Repository, journal: Path | None = None, settings: Settings = GENEROUS
+) -> Iterator[Recorder]:
     """Run a Recorder, with this journal or with one of its own."""
     with tempfile.TemporaryDirectory() as directory:
-        recorder = Recorder(repository, Journal(str(journal or Path(directory, "journal.sqlite3"))), WHOLE)
+        recorder = Recorder(repository, Journal(str(journal or Path(directory, "journal.sqlite3"))), settings)
         recorder.start()
         try:
             yield recorder
@@ -141,11 +180,3 @@ def shut(gated: GatedRepository, recorder: Recorder) -> Iterator[Waiter]:
         yield first
     finally:
         gated.gate.set()
-
-
-@contextlib.contextmanager
-def written_by_another(path: Path) -> Iterator[None]:
-    """Hold the lock of an embedded store, so that nobody else can write."""
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        yield

@@ -1,35 +1,41 @@
-"""What the tests of the postmaster's scripts share: events to count, a way to run a script, and its refusals."""
+"""What the tests of policyd-admin share: rows to put in, ways to run it, and what it prints."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shutil
-import sqlite3
 import subprocess
-import time
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import pytest
-from servers import ROOT, Database, program
+from servers import ROOT
+from stores import Store
 
-import policyd as daemon
-
-SCRIPTS = ROOT / "scripts"
-COMMON = SCRIPTS / "policyd-common.sh"
+ADMIN = ROOT / "scripts" / "policyd-admin"
+TOP20 = ROOT / "scripts" / "policyd-top20.sh"
+PYTHON_FIRST = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # which has the driver
 HOUR_S = 3600
 DAY_S = 86_400
 NOBODY = 65534
 
-SHELLS = pytest.mark.parametrize("shell", ["dash", "bash"])
-
-STRANGE_LOGIN = "\x1b]0;owned\x07\u009b31m\t\n\\é"
-STRANGE_LOGIN_SHOWN = r"\x1b]0;owned\x07\xc2\x9b31m\x09\x0a\x5c\xc3\xa9"
+STRANGE_LOGIN = "\x1b]0;owned\x07\u009b31m\té"
+STRANGE_LOGIN_SHOWN = r"\x1b]0;owned\x07\x9b31m\t\xe9"
+# What a client may call itself, and a shell, a mail or a terminal must not take for anything else.
+HOSTILE = [
+    "a\rBcc: y@example.net", "\x1b]0;owned\x07\x1b[31m", "\x7f\x08\x08\t", "=?utf-8?q?x=0aBcc:_y?=", "$(touch touched)",
+    "`touch touched`", "; touch touched", "a' ; touch touched ; '", '"; touch touched; "', "a|touch touched&", "!!",
+    "*",
+    "~root", "$HOME", "#", "-rf", "--yes", "-c/etc/passwd", "--", "release", "delete", ".", ".quit",
+    "a\\nblacklist=0/0",
+    "a\\c", "%s%n", "josé", "жанна", "\u2028Bcc: y", "\u202egnitrats", "x" * 250, "é" * 250, "' " * 100 + "x", "a b",
+    "0.0.0.0/0", "192.0.2.1", "blacklist=carla", "#comment",
+]  # fmt: skip
 
 
 class Entry(NamedTuple):
-    """One row to count: how long ago, who, how many; and from where."""
+    """One row to put in: how long ago, who, how many; and from where."""
 
     age_s: float
     login: str
@@ -38,154 +44,95 @@ class Entry(NamedTuple):
     client: str = "192.0.2.1"
 
 
-class Row(NamedTuple):
-    """One row as it is kept; `ts` in milliseconds, of UTC in the embedded store and of local time in MariaDB."""
-
-    ts: int
-    login: str
-    sender: str
-    client: str
-    recipients: int | None
-
-
-def fill_mariadb(database: Database, entries: list[Entry]) -> None:
+def fill(store: Store, *entries: Entry) -> None:
+    """Put rows in."""
     for number, entry in enumerate(entries):
-        database.query(
-            "INSERT INTO events (ts, sasl_username, sender, client_address, recipient_count)"
-            " VALUES (CURRENT_TIMESTAMP(3) - INTERVAL %s SECOND, %s, %s, %s, %s)",
-            (entry.age_s, entry.login, f"{number}@example.org" if entry.sender is None else entry.sender, entry.client,
-             entry.recipients),
-        )  # fmt: skip
+        sender = f"{number}@example.org" if entry.sender is None else entry.sender
+        store.add([(entry.login, sender, entry.client, entry.recipients)], entry.age_s)
 
 
-def fill_store(directory: Path, entries: list[Entry]) -> Path:
-    """Make the embedded store as policyd does."""
-    store = directory / "events.sqlite3"
-    connection = sqlite3.connect(store)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.executescript(daemon.SQLiteRepository.SCHEMA)
-    connection.executemany(
-        "INSERT INTO events (ts, sasl_username, sender, client_address, recipient_count) VALUES (?, ?, ?, ?, ?)",
-        [
-            (int((time.time() - entry.age_s) * 1000), entry.login,
-             f"{number}@example.org" if entry.sender is None else entry.sender, entry.client, entry.recipients)
-            for number, entry in enumerate(entries)
-        ],
-    )  # fmt: skip
-    connection.commit()
-    connection.close()
-    return store
+def incident(age_s: float, login: str, rule: str) -> Entry:
+    """Return the row of an incident."""
+    return Entry(age_s, login, None, "", rule)
 
 
 def settings_file(directory: Path, settings: dict[str, str], *lines: str) -> Path:
     """Write the settings and, below them, more lines; return the file's path."""
     path = directory / "policyd.cfg"
-    text = "".join(f"{key}={value}\n" for key, value in settings.items()) + "".join(f"{line}\n" for line in lines)
-    path.write_text(text, encoding="utf-8")
+    path.write_text("".join(f"{line}\n" for line in (*(f"{key}={value}" for key, value in settings.items()), *lines)))
     return path
 
 
-class Store:
-    """One of the three kinds of store, filled and read past the scripts."""
-
-    def __init__(self, directory: Path, database: Database | None) -> None:
-        self.directory = directory
-        self.database = database
-        if database is None:
-            fill_store(directory, [])
-
-    def fill(self, *entries: Entry) -> None:
-        if self.database:
-            fill_mariadb(self.database, list(entries))
-        else:
-            fill_store(self.directory, list(entries))
-
-    def settings(self, *lines: str) -> Path:
-        settings = self.database.settings() if self.database else {"statedir": str(self.directory)}
-        return settings_file(self.directory, settings, *lines)
-
-    def rows(self) -> list[Row]:
-        """Return all rows, the oldest first."""
-        if self.database:
-            found = self.database.query(
-                "SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', ts) DIV 1000, sasl_username, sender, client_address,"
-                " recipient_count FROM events ORDER BY ts, sender"
-            )
-        else:
-            connection = sqlite3.connect(self.directory / "events.sqlite3")
-            found = connection.execute(
-                "SELECT ts, sasl_username, sender, client_address, recipient_count FROM events ORDER BY ts, rowid"
-            ).fetchall()
-            connection.close()
-        return [Row(*row) for row in found]
-
-    def moment(self, ts: int) -> str:
-        """Return the time of a row as the scripts show it."""
-        shown = time.gmtime(ts // 1000) if self.database else time.localtime(ts // 1000)
-        return time.strftime("%Y-%m-%d %H:%M:%S", shown)
-
-
-STORES = pytest.mark.parametrize(
-    "store",
-    [
-        pytest.param("database", marks=pytest.mark.mariadb),
-        pytest.param("old_database", marks=pytest.mark.mariadb),
-        "embedded",
-    ],
-    indirect=True,
-)
-
-
-def make_store(request: pytest.FixtureRequest, directory: Path) -> Store:
-    """Return the store of a parametrized fixture `store`."""
-    kind = str(request.param)
-    return Store(directory, None if kind == "embedded" else request.getfixturevalue(kind))
-
-
 def run(
-    script: Path,
     *arguments: object,
-    shell: str = "sh",
-    cwd: Path | None = None,
-    environment: dict[str, str] | None = None,
+    program: Path = ADMIN,
+    text: str | None = None,
     user: int | None = None,
+    cwd: Path | None = None,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script as this user, or as another one who is in no group."""
+    """Run policyd-admin as this user, or as another one who is in no group; with no Postfix unless one is named."""
+    python = sys.executable if user is None else "/usr/bin/python3"  # that of root is not for everybody
+    command = [python, str(program)] if program.suffix != ".sh" else ["sh", str(program)]
     return subprocess.run(
-        [program(shell, shell), str(script), *map(str, arguments)],
-        cwd=cwd, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=60, user=user, group=user, extra_groups=None if user is None else [],
+        [*command, *map(str, arguments)], input=text, stdin=subprocess.DEVNULL if text is None else None,
+        env={**os.environ, "PATH": PYTHON_FIRST, "MAIL_CONFIG": "/nonexistent", "TZ": "UTC", **environment}, cwd=cwd,
+        capture_output=True, text=True, timeout=60, user=user, group=user, extra_groups=None if user is None else [],
     )  # fmt: skip
 
 
 def printed(result: subprocess.CompletedProcess[str]) -> str:
-    """Return what a script printed when it had nothing to complain of."""
+    """Return what it printed when it had nothing to complain of: printable, narrow, and with a command at its end."""
     assert (result.returncode, result.stderr) == (0, ""), result
-    long = [line for line in result.stdout.splitlines() if len(line) > 80]
-    assert all("/" in line or line.startswith("not known: ") for line in long), result.stdout  # a path; another's words
     assert re.fullmatch(r"[ -~\n]*", result.stdout), result.stdout
+    for line in result.stdout.splitlines():
+        is_word = re.match(r" *(policyd-admin|printf|on_stop=)", line) or "/" in line
+        assert len(line) <= 80 or is_word or "not known: " in line, line
+    assert commands_in(result.stdout), result.stdout
     return result.stdout
 
 
-def refusal(result: subprocess.CompletedProcess[str]) -> str:
-    """Return the one line that says why a script did nothing."""
-    assert result.returncode == 1, result
-    assert result.stdout == "", result
-    line = re.fullmatch(r"policyd-[a-z0-9]+\.sh: (.+)\n", result.stderr)
+def objects(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    """Return what it printed with --json."""
+    assert (result.returncode, result.stderr) == (0, ""), result
+    return list(json.loads(result.stdout))
+
+
+def refusal(result: subprocess.CompletedProcess[str], status: int = 1) -> str:
+    """Return the one line that says why nothing was done."""
+    assert (result.returncode, result.stdout) == (status, ""), result
+    line = re.fullmatch(r"policyd-admin: ([ -~]+)\n", result.stderr)
     assert line, result
     return line[1]
 
 
-def directory_of_programs(directory: Path, *names: str) -> Path:
-    """Make a directory for PATH in which there are only these."""
-    directory.mkdir()
-    for name in names:
-        (directory / name).symlink_to(program(name, name))
-    return directory
+def commands_in(text: str) -> list[str]:
+    """Return the commands that a text offers to paste."""
+    return re.findall(r"^  ((?:policyd-admin|printf|on_stop=).*)$", text, re.MULTILINE)
 
 
-def copy_scripts(directory: Path, *names: str) -> Path:
-    """Copy a script and what it sources, return the copy of the first one."""
-    for name in (*names, COMMON.name):
-        shutil.copy(SCRIPTS / name, directory)
-    return directory / names[0]
+def paste(command: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as it stands, with our policyd-admin on the PATH and a systemctl that does nothing."""
+    for name, target in (("policyd-admin", ADMIN), ("systemctl", Path("/bin/true"))):
+        if not (directory / name).exists():
+            (directory / name).symlink_to(target)
+    return subprocess.run(
+        ["sh", "-c", command], cwd=directory, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "MAIL_CONFIG": "/nonexistent", "PATH": f"{directory}:{PYTHON_FIRST}", **environment},
+    )  # fmt: skip
+
+
+def facts(report: str) -> dict[str, str]:
+    """Return what stands beside each name in the first paragraph of a report."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in report.split("\n\n")[0].splitlines():
+        name = line[:13].strip() or name
+        found[name] = f"{found[name]}; {line[14:]}" if name in found else line[14:]
+    return found
+
+
+def rows_of(report: str, heading: str) -> list[list[str]]:
+    """Return the words of the lines below a heading, up to an empty line."""
+    (found,) = (part for part in report.split("\n\n") if part.lstrip("\n").startswith(heading))
+    return [line.split() for line in found.strip("\n").splitlines()[1:]]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
+import pytest
 from servers import Database
 
 from policyd import (
@@ -22,18 +23,29 @@ from policyd import (
     Journal,
     Log,
     MariaDBRepository,
-    Reach,
     Repository,
-    Scope,
     Settings,
     SQLiteRepository,
+    Usage,
     fit,
     open_repository,
 )
 
-EVERYTHING = 10**6  # rows to sum: more than any test has
-WHOLE = Scope(Reach(EVERYTHING), {})
 Row = tuple[str, str, str, Union[int, None]]
+
+A_DAY_LESS_A_MINUTE = DAY_S - 60
+A_DAY_AND_A_MINUTE = DAY_S + 60
+GENEROUS = Settings(defaultquota=10**6)  # the quota is never reached, and no history is a long one
+
+
+class Clock:
+    """A clock that is set by hand: of the wall, and of time.monotonic()."""
+
+    def __init__(self, now: float = 1_800_000_000.123) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def soon() -> float:
@@ -41,40 +53,53 @@ def soon() -> float:
     return time.monotonic() + 30
 
 
-def sums(repository: Repository, events: Sequence[Event], rows: int = EVERYTHING) -> list[int]:
-    """Return the sums of events that have been inserted."""
-    return [usage.recipients for usage in repository.sum_recipients(events, Scope(Reach(rows), {}), soon())]
-
-
-def totals(journal: Journal, *logins: str) -> dict[str, int]:
-    """Return what the journal holds of each login."""
-    return {login: usage.recipients for login, usage in journal.totals(logins, WHOLE).items()}
-
-
-def count(repository: Repository, *events: Event, rows: int = EVERYTHING) -> list[int]:
-    """Insert the events as one batch, as the Recorder does, and return their sums."""
-    assert repository.insert(events, soon()) == set()
-    return sums(repository, events, rows)
-
-
-def event(login: str, recipients: int = 1, sender: str = "s@example.org", address: str = "192.0.2.1") -> Event:
+def event(
+    login: str, recipients: int | None = 1, sender: str = "s@example.org", address: str = "192.0.2.1"
+) -> Event:
     """Return an event of which mostly the login matters."""
     return Event(login, sender, address, recipients)
 
 
-def settings_for(database: Database, **changes: str) -> Settings:
-    """Read settings that lead to the database from a file, as the daemon does."""
-    lines = {**database.settings(), **changes}
+def incident(login: str, which: str) -> Event:
+    """Return an incident, such as HOLD overquota."""
+    return Event(login, "", which, None)
+
+
+def usages(repository: Repository, events: Sequence[Event], settings: Settings = GENEROUS) -> list[Usage]:
+    """Return the usages of events that have been inserted."""
+    return repository.usages(events, settings, soon())
+
+
+def sums(repository: Repository, events: Sequence[Event], settings: Settings = GENEROUS) -> list[int]:
+    """Return the sums of events that have been inserted."""
+    return [usage.recipients for usage in usages(repository, events, settings)]
+
+
+def count(repository: Repository, *events: Event, settings: Settings = GENEROUS) -> list[int]:
+    """Insert the events as one batch, as the Recorder does, and return their sums."""
+    assert repository.insert(events, soon()) == set()
+    return sums(repository, events, settings)
+
+
+def totals(journal: Journal, *logins: str) -> dict[str, int]:
+    """Return what the journal holds of each login."""
+    found = journal.totals(logins)
+    return {login: found[login].recipients if login in found else 0 for login in logins}
+
+
+def read_settings(*lines: str, **values: object) -> Settings:
+    """Read settings from a file, as the daemon does."""
     with tempfile.NamedTemporaryFile("w", suffix=".cfg") as file:
-        file.write("".join(f"{key}={value}\n" for key, value in lines.items()))
+        file.write("".join(f"{line}\n" for line in (*lines, *(f"{key}={value}" for key, value in values.items()))))
         file.flush()
         return Settings.from_file(file.name)
 
 
 def maria_repository(database: Database, **changes: str) -> MariaDBRepository:
     """Return a repository on the database, as another daemon would have it."""
-    repository = open_repository(settings_for(database, **changes))
+    repository = open_repository(read_settings(**{**database.settings(), **changes}))
     assert isinstance(repository, MariaDBRepository)
+    repository.resolve()
     return repository
 
 
@@ -83,13 +108,19 @@ class MariaStore:
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self.repository: Repository = maria_repository(database)
+        self.settings = database.settings()  # that lead a daemon here
+        self.repository: Repository = self.another()
         found = database.query(
             "SELECT character_maximum_length, character_set_name FROM information_schema.columns"
-            " WHERE table_schema = DATABASE() AND character_set_name IS NOT NULL ORDER BY ordinal_position"
+            " WHERE table_schema = DATABASE() AND table_name = 'events' AND character_set_name IS NOT NULL"
+            " ORDER BY ordinal_position"
         )
         self._columns = [(width, CODECS[charset]) for width, charset in found]
         self.width = found[0][0]  # of a login
+
+    def another(self) -> Repository:
+        """Return a second repository, as another relay has it."""
+        return maria_repository(self.database)
 
     def add(self, rows: Sequence[Row], age_s: float) -> None:
         """Put in rows of this age, each a millisecond older than the one before it."""
@@ -103,6 +134,13 @@ class MariaStore:
             "SELECT sasl_username, sender, client_address, recipient_count FROM events ORDER BY ts, sasl_username"
         )
 
+    def times(self) -> list[tuple[int, str, int | None]]:
+        """Return time in ms since 1970, login and recipients of each row, oldest first."""
+        return self.database.query(
+            "SELECT CAST(ROUND(UNIX_TIMESTAMP(ts) * 1000) AS SIGNED), sasl_username, recipient_count"
+            " FROM events ORDER BY ts, sasl_username"
+        )
+
     def clear(self) -> None:
         """Empty the table."""
         self.database.query("DELETE FROM events")
@@ -114,14 +152,19 @@ class MariaStore:
 
 
 class SQLiteStore:
-    """An embedded store."""
+    """An embedded store; `path` is that of its file."""
 
     width = None
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.repository: Repository = SQLiteRepository(str(path))
+        self.settings = {"statedir": str(path.parent)}  # that lead a daemon here
+        self.repository: Repository = self.another()
         self.repository.init()
+
+    def another(self) -> Repository:
+        """Return a second repository, as another process has it."""
+        return SQLiteRepository(str(self._path))
 
     def _query(self, statement: str, rows: Sequence[tuple[Any, ...]] = ((),)) -> list[Any]:
         with contextlib.closing(sqlite3.connect(self._path)) as connection, connection:
@@ -136,7 +179,13 @@ class SQLiteStore:
 
     def rows(self) -> list[Row]:
         """Return what is in the table, oldest first."""
-        return self._query("SELECT sasl_username, sender, client_address, recipient_count FROM events ORDER BY ts")
+        return self._query(
+            "SELECT sasl_username, sender, client_address, recipient_count FROM events ORDER BY ts, sasl_username"
+        )
+
+    def times(self) -> list[tuple[int, str, int | None]]:
+        """Return time in ms since 1970, login and recipients of each row, oldest first."""
+        return self._query("SELECT ts, sasl_username, recipient_count FROM events ORDER BY ts, rowid")
 
     def clear(self) -> None:
         """Empty the table."""
@@ -149,8 +198,23 @@ class SQLiteStore:
 
 Store = Union[MariaStore, SQLiteStore]
 
-A_DAY_LESS_A_MINUTE = DAY_S - 60
-A_DAY_AND_A_MINUTE = DAY_S + 60
+# What the fixture `store` (conftest.py) is made of.
+STORES = ("SQLite", "schema.sql", "go-policyd", "go-policyd with an index")
+KINDS = [pytest.param(kind, marks=[] if kind == "SQLite" else pytest.mark.mariadb) for kind in STORES]
+
+
+def on_stores(*kinds: str) -> pytest.MarkDecorator:
+    """Run a test that asks for `store` with some kinds of it only."""
+    return pytest.mark.parametrize("store", [KINDS[STORES.index(kind)] for kind in kinds], indirect=True)
+
+
+on_mariadb = on_stores(*STORES[1:])
+on_each_table = on_stores(*STORES[:3])  # for what an index has nothing to do with
+
+
+def total(store: Store, login: str | None = None) -> int:
+    """Return the recipients that count, of a login or of all, however old."""
+    return sum(max(row[3] or 0, 0) for row in store.rows() if login in (None, row[0]))
 
 
 # --- what policyd logs, in a test that has no daemon ---
@@ -221,14 +285,15 @@ def global_variable(database: Database, name: str, value: object) -> Iterator[No
 
 def sessions(database: Database) -> list[tuple[int, str | None, int]]:
     """Return id, statement and milliseconds at work of policyd's connections to the database."""
+    at_work = "time * 1000" if database.server.is_mysql else "time_ms"
     return database.query(
-        "SELECT id, info, time_ms FROM information_schema.processlist WHERE db = %s AND user = %s",
+        f"SELECT id, info, {at_work} FROM information_schema.processlist WHERE db = %s AND user = %s",
         (database.name, database.server.user),
     )
 
 
 class Door(socketserver.ThreadingTCPServer):
-    """A way to a server that can be shut, with all who are in it, or go deaf: then all that is said is lost."""
+    """A way to a server that can be shut, with all who are in it, be slow, or go deaf: what is said then is lost."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -240,6 +305,7 @@ class Door(socketserver.ThreadingTCPServer):
         self.target = host, port
         self.passing: list[socket.socket] = []
         self.is_deaf = False
+        self.delay_s = 0.0  # of what the client says
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def shut(self) -> None:
@@ -266,6 +332,8 @@ class DoorHandler(socketserver.BaseRequestHandler):
         """Pass on all that comes, then the end."""
         with contextlib.suppress(OSError):
             while received := source.recv(65536):
+                if source is self.request and self.server.delay_s:
+                    time.sleep(self.server.delay_s)
                 if not self.server.is_deaf:
                     target.sendall(received)
             target.shutdown(socket.SHUT_WR)

@@ -1,690 +1,571 @@
-"""What gives a thief away before the quota does: many networks that use a login at once, or an hour that is busy."""
+"""What gives a thief away before the quota does: a login that mails from places it has never been."""
 
 from __future__ import annotations
 
-import queue
+import ipaddress
+import itertools
 import re
-import socket
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Callable, NamedTuple
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, assume, example, given
+from asking import Outcome, Relay, forgive
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from recorders import AWAY, PATIENCE_S, BreakableRepository, recording
-from servers import Database, MariaDB, Policyd
-from stores import A_DAY_AND_A_MINUTE, A_DAY_LESS_A_MINUTE, MariaStore, SQLiteStore, Store, event, global_variable, soon
-from test_exactness import CONNECTIONS, send_at_once
-from test_outage import BACK_S, ENDS
-from test_quotas import STORES, Outcome, ask, settings_to
+from recorders import AWAY, BreakableRepository
+from servers import DUNNO, HOLD, REJECT, Policyd
+from stores import DAY_S, KeptLog, SQLiteStore, Store, incident, on_stores
 
-from policyd import (
-    DUNNO,
-    HOLD,
-    HOLD_BLACKLISTED,
-    HOLD_HOUR,
-    HOLD_NETWORKS,
-    HOUR_S,
-    NEVER,
-    NOBODY,
-    REJECT,
-    Event,
-    Recorder,
-    Repository,
-    Settings,
-    Usage,
-    decide,
-    in_one_network,
-    judge,
-    network_of,
-    networks_of,
-    scope_of,
-)
+from policyd import RepositoryUnavailable, Sighting, UserList, signs
 
 Start = Callable[..., Policyd]
+StartRelay = Callable[..., Relay]
 
-A_MINUTE = 60
-AN_HOUR_LESS_A_MINUTE = HOUR_S - A_MINUTE
-AN_HOUR_AND_A_MINUTE = HOUR_S + A_MINUTE
+_numbers = itertools.count(1)
 
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """An empty store; the test runs once with each kind."""
-    if request.param == "embedded":
-        return SQLiteStore(tmp_path / "events.sqlite3")
-    database: Database = request.getfixturevalue("database" if request.param == "schema.sql" else "old_database")
-    if request.param == "go-policyd with an index":
-        database.query("ALTER TABLE events ADD KEY by_login (sasl_username, ts)")
-    return MariaStore(database)
+MINUTE_S, HOUR_S = 60, 3600
+HOME = "10.0.0.1"
+PLACES = "HOLD too many places"
+NEWPLACE = "HOLD too much from new places"
+on_indexed = on_stores("SQLite", "schema.sql", "go-policyd with an index")
+on_each = on_stores("SQLite", "schema.sql")
 
 
-def address(network: int, host: int = 1) -> str:
-    """Return an address in one of many networks."""
-    return f"10.{network // 256}.{network % 256}.{host}"
+def at(place: int) -> str:
+    """Return an address in one of many places."""
+    return f"{20 + place}.0.0.1"
 
 
-def outcome(answer: str, rule: str, message: str, reached: int) -> Outcome:
-    """Return what policyd answers and logs about a message: LOGIN/ADDRESS/RECIPIENTS."""
-    login, client_address, recipients = message.split("/")
-    lines = [f"Updating db: {login}/alice@example.org/{client_address}/{recipients}/{reached}"]
-    if rule:
-        lines.append(f"{rule} for user {login} using alice@example.org from ip [{client_address}], queue_id=4Xk1Zt")
-    return Outcome(answer, lines)
+def add(store: Store, age_s: float, *rows: tuple[str, int | None], login: str = "anna") -> None:
+    """Put in rows: from where, how many; each of its own."""
+    if rows:
+        store.add([(login, f"{n}@x", address, count) for n, (address, count) in enumerate(rows)], age_s)
 
 
-def send(daemon: Policyd, message: str) -> Outcome:
-    """Ask about a message: LOGIN/ADDRESS/RECIPIENTS."""
-    login, client_address, recipients = message.split("/")
-    return ask(daemon, login, client_address=client_address, recipient_count=recipients)
+def at_home(store: Store, login: str = "anna") -> None:
+    """Let a login have mailed from home for some days, and 40 recipients within the hour: enough to be looked at."""
+    for age_s, count in ((5 * DAY_S, 1), (2 * DAY_S, 5), (40 * MINUTE_S, 40)):
+        add(store, age_s, (HOME, count), login=login)
 
 
-def read(tmp_path: Path, *lines: str) -> Settings:
-    """Read settings from a file, as the daemon does."""
-    file = tmp_path / "policyd.cfg"
-    file.write_text("".join(f"{line}\n" for line in lines))
-    return Settings.from_file(str(file))
+@pytest.fixture
+def start(store: Store, logged: KeptLog) -> StartRelay:
+    """A function that starts a relay which has looked at all once; the table remembers more than three days."""
+    add(store, 4 * DAY_S, ("192.0.2.1", 1), login="bert")
+
+    def started(*lines: str, finds: Sequence[str] = (), **options: Any) -> Relay:
+        early_signs = [] if "early_signs=" in "".join(lines) else ["early_signs=yes"]
+        relay = Relay(store, logged, "keep_days=30", *early_signs, *lines, **options)
+        assert relay.sweep() == list(finds)
+        return relay
+
+    return started
 
 
-def judged(repository: Repository, batch: Sequence[Event], settings: Settings) -> list[tuple[str, str]]:
-    """Return what is decided about events that have been inserted as one batch, and by which rule."""
-    usages = repository.sum_recipients(batch, scope_of(settings), soon())
-    return [judge(usage, settings.limits_of(each.sasl_username), settings) for each, usage in zip(batch, usages)]
+def line(rule: str, login: str = "anna", client_address: str = HOME) -> str:
+    """Return the line of a message that was stopped by a rule."""
+    return f"{rule} for user {login} using SENDER from ip [{client_address}], queue_id=4Xk1Zt"
 
 
-def inserted(repository: Repository, batch: Sequence[Event], settings: Settings) -> list[tuple[str, str]]:
-    """Insert a batch, and return what is decided about it."""
-    assert repository.insert(batch, soon()) == set()
-    return judged(repository, batch, settings)
+def send(relay: Relay, client_address: str, recipients: int = 1, login: str = "anna") -> Outcome:
+    """Ask about a message; of what was logged only what stopped it is told.
+
+    Each has a sender of its own, which is not shown: two of one millisecond from one sender would be one row.
+    """
+    sender = f"{next(_numbers)}@example.org"
+    message = {"sender": sender, "client_address": client_address, "recipient_count": recipients}
+    answer, (counted, *lines) = relay.ask(login, **message)
+    assert counted.startswith(f"Updating db: {login}/{sender}/{client_address}/{recipients}/")
+    return Outcome(answer, [line.replace(sender, "SENDER") for line in lines])
 
 
-# ---- many networks ----------------------------------------------------------------------------------
+def incidents(store: Store) -> list[tuple[str, str]]:
+    """Return whose incidents are in the table, and of which kind."""
+    return [(login, what) for login, _, what, count in store.rows() if count is None]
 
 
-def test_one_network_more_than_max_networks_is_held(store: Store, tmp_path: Path, policyd: Start) -> None:
-    """On every table, with the words that log parsers match; whichever of its networks it comes from next."""
-    daemon = policyd(max_networks=3, **settings_to(store, tmp_path))
-    for reached, network in enumerate([1, 2, 3, 2, 1], start=1):
-        message = f"anna/{address(network)}/1"
-        assert send(daemon, message) == outcome(DUNNO, "", message, reached)
-    for reached, (network, networks) in enumerate([(4, 4), (1, 4), (5, 5)], start=6):
-        message = f"anna/{address(network)}/1"
-        assert send(daemon, message) == outcome(HOLD_NETWORKS, f"DEFERRING fanout ({networks}>3)", message, reached)
-    message = f"bert/{address(6)}/7"
-    assert send(daemon, message) == outcome(DUNNO, "", message, 7)
+# ---- the figures ------------------------------------------------------------------------------------
 
 
-def test_without_max_networks_and_hourquota_there_may_be_any_number(policyd: Start) -> None:
-    daemon = policyd(networks_window="24h", trusted_network="192.0.2.0/24")
-    answers = {daemon.ask(client_address=address(n), recipient_count=40) for n in range(37)}
-    assert answers == {DUNNO}
-
-
-@pytest.mark.parametrize("more", [0, 1])
-def test_networks_that_come_in_one_batch_count_for_all_of_it(store: Store, more: int) -> None:
-    """They came in the same moment: none of them was the first."""
-    settings = Settings(max_networks=3)
-    batch = [event("anna", address=address(n)) for n in range(3 + more)] + [event("bert", address=address(9))]
-    expected = [(HOLD_NETWORKS, "fanout (4>3)") if more else (DUNNO, "")] * (3 + more)
-    assert inserted(store.repository, batch, settings) == [*expected, (DUNNO, "")]
-
-
-@pytest.mark.parametrize("store", STORES[1:], indirect=True)
-def test_a_network_more_than_max_networks_is_held_by_whichever_relay_it_comes_to(
-    store: MariaStore, policyd: Start
+@pytest.mark.parametrize(
+    ("sightings", "figures"),
+    [
+        ([], (0, 0, 0)),
+        ([(at(n), 1, 1, 60) for n in range(4)], (4, 4, 0)),
+        ([(at(n), 1, 1, 60) for n in range(5)], (5, 5, 5)),
+        ([(at(1), 9, 5, 60), ("21.9.9.9", 3, 1, 60)], (1, 1, 12)),
+        ([(at(1), 99, 4, 60)], (1, 1, 0)),
+        ([(at(1), 99, 4, 60), (HOME, 99, 4, 60)], (1, 1, 0)),
+        ([(at(1), 9, 5, 1799), (at(2), 9, 5, 1800), (at(3), 0, 0, 80_000)], (1, 3, 18)),
+        ([(HOME, 9, 5, 60), ("unknown", 9, 5, 60), ("", 9, 5, 60)], (0, 0, 0)),
+        ([("192.0.2.1", 9, 5, 60), ("192.0.3.1", 7, 5, 60)], (1, 1, 7)),
+        ([(f"::ffff:{at(1)}", 1, 2, 60), ("64:ff9b::1500:2", 1, 2, 60), (at(1), 1, 1, 60)], (1, 1, 3)),
+        ([("2001:db8::1", 1, 1, 60), ("2001:1::1", 1, 1, 60), ("2a02::1", 1, 3, 60)], (2, 2, 3)),
+    ],
+)
+def test_places_are_counted_and_what_came_from_new_ones(
+    sightings: list[tuple[str, int, int, float]], figures: tuple[int, int, int]
 ) -> None:
-    relays = [policyd(max_networks=4, **store.database.settings()) for _ in range(2)]
-    for n in range(4):
-        message = f"anna/{address(n)}/1"
-        assert send(relays[n % 2], message) == outcome(DUNNO, "", message, n + 1)
-    for n in (4, 5):
-        message = f"anna/{address(4)}/1"
-        rule = "DEFERRING fanout (5>4)"
-        assert send(relays[n % 2], message) == outcome(HOLD_NETWORKS, rule, message, n + 1)
+    """New ones within half an hour and altogether, and an hour's recipients if they came in five messages."""
+    trusted = UserList([(ipaddress.ip_network("192.0.2.0/24"), 1)])
+    assert signs([Sighting(*each) for each in sightings], {"10."}, trusted) == figures
 
 
-@pytest.mark.parametrize("table", ["database", "old_database"])
-@pytest.mark.mariadb
-def test_relays_that_are_asked_at_once_let_no_more_networks_through(
-    policyd: Start, request: pytest.FixtureRequest, table: str
+# ---- too many places --------------------------------------------------------------------------------
+
+
+@on_indexed
+def test_one_new_place_more_than_max_places_in_half_an_hour_is_held(store: Store, start: StartRelay) -> None:
+    """And from then on all mail of the login, whichever place it comes from; a human is told once."""
+    at_home(store)
+    add(store, 31 * MINUTE_S, *((at(n), 1) for n in range(20, 25)))  # longer ago
+    relay = start()
+    for place in (1, 2, 3, 2, 4, 5, 5):
+        assert send(relay, at(place)) == (DUNNO, [])
+    assert send(relay, HOME) == (DUNNO, [])
+    assert send(relay, at(6)) == (PLACES, [line("DEFERRING places (6>5)", client_address=at(6))])
+    for address in (at(7), HOME):
+        answer, (said,) = send(relay, address)
+        assert answer == PLACES
+        assert re.fullmatch(r"DEFERRING places \(since [-0-9]+ [:0-9]+\) for user anna using .*", said)
+    assert incidents(store) == [("anna", "HOLD places")]
+    assert [{**each, "since": "", "sender": ""} for each in relay.told] == [{
+        "login": "anna", "rule": "HOLD places", "since": "", "recipients": 54, "figure": 6, "limit": 5,
+        "sender": "", "client_address": at(6), "queue_id": "4Xk1Zt",
+    }]  # fmt: skip
+    assert send(relay, at(7), login="bert") == (DUNNO, [])
+
+
+@on_each
+def test_below_40_recipients_an_hour_only_the_sweep_looks_at_places(store: Store, start: StartRelay) -> None:
+    """A botnet of one-recipient messages is found within a minute; by one relay, which records it and tells."""
+    add(store, 2 * DAY_S, (HOME, 1))
+    one, other = start(), start()
+    assert [send(one, at(place)) for place in range(6)] == [(DUNNO, [])] * 6
+    assert one.sweep() == ["Held by the sweep: anna, places (6>5)"]
+    assert other.sweep() == []
+    assert (len(one.told), len(other.told), incidents(store)) == (1, 0, [("anna", "HOLD places")])
+    assert [send(relay, HOME).answer for relay in (one, other)] == [PLACES] * 2
+
+
+@on_indexed
+def test_the_sweep_holds_who_was_in_too_many_places_in_24_h(store: Store, start: StartRelay) -> None:
+    """Three times as many as in half an hour: however slow a botnet is, and however little each message has."""
+    for login, places in (("anna", 16), ("dora", 15)):
+        add(store, 3 * DAY_S, (HOME, 1), login=login)
+        for place in range(places):
+            add(store, (31 + 80 * place) * MINUTE_S, (at(place), 1), (HOME, 9), login=login)
+    relay = start(finds=["Held by the sweep: anna, places (16>15)"])
+    assert incidents(store) == [("anna", "HOLD places")]
+    told = [each[key] for each in relay.told for key in ("login", "rule", "recipients", "figure", "limit")]
+    assert told == ["anna", "HOLD places", 160, 16, 15]
+    assert send(relay, HOME).answer == PLACES
+    assert send(relay, HOME, login="dora") == (DUNNO, [])
+    assert relay.sweep() == [], "who is held is not found again"
+    assert send(relay, at(15), login="dora") == (DUNNO, [])
+    assert relay.sweep() == ["Held by the sweep: dora, places (16>15)"]
+
+
+@on_each
+@pytest.mark.parametrize("kind", ["HOLD places", "HOLD newplace", "HOLD blocked", "REJECT places", "HOLD overquota"])
+def test_a_login_that_is_held_for_a_day_anyhow_is_not_swept_and_a_quota_spares_nobody(
+    store: Store, start: StartRelay, kind: str
 ) -> None:
-    database: Database = request.getfixturevalue(table)
-    relays = [policyd(max_networks=40, hourquota=200, **database.settings()) for _ in range(2)]
-    anna = [{"client_address": address(n), "sasl_username": "anna"} for n in range(200)]
-    bert = {"client_address": address(1), "sasl_username": "bert"}
-    answers = Counter(send_at_once(relays, [message for each in anna for message in (each, bert, bert)]))
-    assert answers[DUNNO] + answers[HOLD_NETWORKS] + answers[HOLD_HOUR] == 600
-    # A message knows of all that were committed before it, and may know of one more on each of the connections.
-    assert 40 + 199 - 2 * CONNECTIONS <= answers[DUNNO] <= 40 + 199
-    for relay in relays:
-        assert relay.ask(sasl_username="anna", client_address=address(1)) in (HOLD_NETWORKS, HOLD_HOUR)
-        assert relay.ask(sasl_username="bert", client_address=address(1)) == HOLD_HOUR
+    store.add([incident("anna", kind)], HOUR_S)
+    add(store, MINUTE_S, *((at(n), 1) for n in range(6)))
+    start(finds=["Held by the sweep: anna, places (6>5)"] * (kind == "HOLD overquota"))
+    assert len(incidents(store)) == 1 + (kind == "HOLD overquota")
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("10m", 600), ("1h", 3600), ("24h", 86_400)])
-def test_networks_of_before_the_window_do_not_count(store: Store, tmp_path: Path, text: str, seconds: int) -> None:
-    settings = read(tmp_path, "max_networks=3", f"networks_window={text}")
-    store.add([("anna", "", address(n), 1) for n in range(10, 20)], age_s=seconds + A_MINUTE)
-    store.add([("anna", "", address(n), 1) for n in range(2)], age_s=seconds - A_MINUTE)
-    for network, expected in [(2, (DUNNO, "")), (1, (DUNNO, "")), (3, (HOLD_NETWORKS, "fanout (4>3)"))]:
-        assert inserted(store.repository, [event("anna", address=address(network))], settings) == [expected]
+@on_each
+@pytest.mark.parametrize("setting", ["max_places=6", "max_places=0", "early_signs=no"])
+def test_0_places_or_no_early_signs_hold_nobody(store: Store, start: StartRelay, setting: str) -> None:
+    at_home(store)
+    relay = start(setting)
+    held = {PLACES} if setting == "max_places=6" else set()
+    assert {send(relay, at(n)).answer for n in range(40)} == {DUNNO, *held}
+    assert relay.sweep() == []
 
 
-def test_who_was_held_for_networks_is_free_when_they_are_of_before_the_window_and_held_again(store: Store) -> None:
-    settings = Settings(max_networks=2)
-    batch = [event("anna", address=address(n)) for n in range(3)]
-    store.add(batch, age_s=AN_HOUR_LESS_A_MINUTE)
-    assert inserted(store.repository, batch[:1], settings) == [(HOLD_NETWORKS, "fanout (3>2)")]
+# ---- too much from new places -----------------------------------------------------------------------
+
+SENT = {  # of the last hour, messages from where and with how many recipients; what becomes of one more
+    "reaching the quota in five messages": ([(at(1), 20)] * 4, (at(1), 20), "newplace (100>100)"),
+    "one recipient less": ([(at(1), 20)] * 4, (at(1), 19), ""),
+    "four messages": ([(at(1), 300)] * 3, (at(1), 300), ""),
+    "a fifth": ([(at(1), 300)] * 4, (at(1), 1), "newplace (1201>100)"),
+    "several places": ([(at(1), 40), (at(2), 40), (at(3), 10), (at(1), 5)], (at(2), 5), "newplace (100>100)"),
+    "the known place does not count": ([(at(1), 20)] * 4 + [(HOME, 900)], (at(1), 19), ""),
+    "mail from the known place passes": ([(at(1), 200)] * 5, (HOME, 1), ""),
+    "no place at all": ([("unknown", 200)] * 5, ("unknown", 1), ""),
+    "a trusted network": ([("192.0.2.1", 200)] * 5, ("192.0.2.9", 1), ""),
+    "beside a trusted network": ([("192.0.2.1", 200)] * 5 + [("192.0.3.1", 20)] * 4, ("192.0.3.1", 20),
+                                 "newplace (100>100)"),
+    "forgiven": ([(at(2), -200)] * 5 + [(at(1), 20)] * 4, (at(1), 19), ""),
+    "IPv4 inside IPv6": ([(f"::ffff:{at(1)}", 20), ("64:ff9b::1500:2", 60), (at(1), 1), (at(1), 1)],
+                         ("64:ff9b::1500:3", 18), "newplace (100>100)"),
+    "IPv6": ([("2001:db8::1", 25)] * 4, ("2001:1::1", 1), "newplace (101>100)"),
+}  # fmt: skip
+
+
+@on_indexed
+@pytest.mark.parametrize("name", SENT)
+def test_so_much_within_an_hour_from_new_places_is_held(store: Store, start: StartRelay, name: str) -> None:
+    """What is older than an hour does not count."""
+    before, (client_address, recipients), said = SENT[name]
+    at_home(store)
+    add(store, 59 * MINUTE_S, *before)
+    add(store, 61 * MINUTE_S, *[(at(1), 30)] * 9)
+    relay = start("trusted_network=192.0.2.0/24", "defaultquota=5000")
+    expected = [line(f"DEFERRING {said}", client_address=client_address)] if said else []
+    assert send(relay, client_address, recipients) == (NEWPLACE if said else DUNNO, expected)
+    assert incidents(store) == [("anna", "HOLD newplace")] * bool(said)
+    if said:
+        assert send(relay, HOME).answer == NEWPLACE
+    assert len(relay.told) == bool(said)
+
+
+@on_each
+@pytest.mark.parametrize(("login", "is_exempt"), [("anna", False), ("own", True), ("news", True), ("free", True)])
+def test_logins_whose_bulk_is_known_may_send_it_from_anywhere_but_not_from_everywhere(
+    store: Store, start: StartRelay, login: str, is_exempt: bool
+) -> None:
+    """Those with a quota of their own, and the whitelisted out of office hours."""
+    at_home(store, login)
+    hours = "whitelist_hours=0-0"
+    relay = start("quota=own:5000", "quota=free:unlimited", "whitelist=news", hours, "max_places=3")
+    answers = [send(relay, at(1), 30, login).answer for _ in range(6)]
+    assert answers == ([DUNNO] * 6 if is_exempt else [DUNNO] * 4 + [NEWPLACE] * 2)
+    if is_exempt:
+        assert [send(relay, at(n), login=login).answer for n in (2, 3, 4)] == [DUNNO, DUNNO, PLACES]
+
+
+@on_each
+def test_a_lower_new_place_quota_is_looked_at_from_its_first_recipient_on(store: Store, start: StartRelay) -> None:
+    relay = start("new_place_quota=10")
+    answers = [send(relay, at(1), 2) for _ in range(5)]
+    assert answers == [(DUNNO, [])] * 4 + [(NEWPLACE, [line("DEFERRING newplace (10>10)", client_address=at(1))])]
+
+
+@on_each
+def test_above_the_quota_the_quota_decides_and_below_the_hardest_rule(store: Store, start: StartRelay) -> None:
+    at_home(store)
+    relay = start("defaultquota=150", "hourquota=130", "max_places=1")
+    for place, recipients, answer in [
+        (1, 20, DUNNO), (2, 1, PLACES), (3, 80, "HOLD hour quota exceeded"), (3, 9, HOLD), (3, 150, REJECT),
+    ]:  # fmt: skip
+        assert send(relay, at(place), recipients).answer == answer
+    kinds = [("anna", kind) for kind in ("HOLD places", "REJECT overquota")]
+    assert incidents(store) == kinds, "a HOLD of another rule is no news"
+
+
+# ---- what is known ----------------------------------------------------------------------------------
+
+DAY_AND_A_HALF = 36 * HOUR_S
+PAST: dict[str, tuple[list[tuple[str, int | None, float]], bool]] = {  # what the table has: address, count, age
+    "nothing": ([], False),
+    "less than a day ago": ([(at(1), 1, 23 * HOUR_S)], False),
+    "a day ago": ([(at(1), 1, 25 * HOUR_S)], True),
+    "a day ago and since then": ([(at(1), 1, 25 * HOUR_S), (at(1), 1, 2 * HOUR_S)], True),
+    "weeks ago": ([(at(1), 1, 29 * DAY_S)], True),
+    "too long ago": ([(at(1), 1, 31 * DAY_S)], False),
+    "another network of the place": ([("21.255.3.4", 1, 2 * DAY_S)], True),
+    "inside IPv6": ([(f"::ffff:{at(1)}", 1, 2 * DAY_S)], True),
+    "another place": ([(at(2), 1, 2 * DAY_S)], False),
+    "forgiven an hour ago": ([(at(1), -5, 2 * HOUR_S)], True),
+    "before an incident": ([(at(1), 1, 40 * HOUR_S), ("HOLD places", None, DAY_AND_A_HALF)], False),
+    "before another one": ([(at(1), 1, 40 * HOUR_S), ("REJECT newplace", None, DAY_AND_A_HALF)], False),
+    "a day before an incident": ([(at(1), 1, 61 * HOUR_S), ("HOLD places", None, DAY_AND_A_HALF)], True),
+    "of two incidents the first": (
+        [(at(1), 1, 61 * HOUR_S), *(("HOLD places", None, n * HOUR_S) for n in (50, 25))], False),
+    "before a forgiven incident": ([(at(1), 1, 40 * HOUR_S), ("HOLD places", 0, DAY_AND_A_HALF)], True),
+    "before an incident of a quota": ([(at(1), 1, 40 * HOUR_S), ("HOLD overquota", None, DAY_AND_A_HALF)], True),
+    "forgiven after an incident": ([(at(1), -1, 30 * HOUR_S), ("HOLD places", None, DAY_AND_A_HALF)], True),
+}  # fmt: skip
+
+
+@on_indexed
+@pytest.mark.parametrize("name", PAST)
+def test_a_place_is_known_that_was_used_a_day_to_keep_days_ago_or_forgiven(
+    store: Store, start: StartRelay, name: str
+) -> None:
+    """With an incident that nobody has forgiven, only what was used a day before it: not the thief's places."""
+    past, is_known = PAST[name]
+    for address, count, age_s in past:
+        add(store, age_s, (address, count))
+    add(store, 2 * DAY_S, (at(1), 1), login="bert")
+    add(store, 50 * MINUTE_S, *[(at(1), 30)] * 4)
+    assert send(start(), at(1), 30).answer == (DUNNO if is_known else NEWPLACE)
+
+
+@on_indexed
+def test_who_was_forgiven_is_not_held_again_from_the_same_places(store: Store, start: StartRelay) -> None:
+    """At once, though what is known is remembered, nor by a sweep; a second wave from yet other places is."""
+    at_home(store)
+    relay = start()
+    wave = [PLACES, *[DUNNO] * 5][::-1]
+    assert [send(relay, at(n)).answer for n in range(6)] == wave
+    forgive(store, "anna")
+    assert send(relay, HOME, 50) == (DUNNO, [])
+    assert [send(relay, at(n)).answer for n in range(6)] == [DUNNO] * 6
+    assert relay.sweep() == []
+    assert [send(relay, at(n)).answer for n in range(10, 16)] == wave
+    assert [each["rule"] for each in relay.told] == ["HOLD places"] * 2
+    assert relay.sweep() == []
+
+
+@on_each
+@pytest.mark.parametrize(
+    ("age_s", "is_judged"),
+    [(71 * HOUR_S, False), (73 * HOUR_S, True), (29 * DAY_S, True), (31 * DAY_S, False), (20_000 * DAY_S, False)],
+)
+def test_nothing_is_judged_before_the_table_remembers_three_days(
+    store: Store, start: StartRelay, age_s: float, is_judged: bool
+) -> None:
+    """On the first day everything is new; one stray row of 1970 says nothing."""
     store.clear()
-    store.add(batch, age_s=AN_HOUR_AND_A_MINUTE)
-    assert inserted(store.repository, batch[:1], settings) == [(DUNNO, "")]
-    assert inserted(store.repository, batch[1:2], settings) == [(DUNNO, "")]
-    assert inserted(store.repository, batch[2:], settings) == [(HOLD_NETWORKS, "fanout (3>2)")]
+    add(store, age_s, ("192.0.2.1", 1), login="bert")
+    add(store, MINUTE_S, *((at(n), 1) for n in range(6)))
+    relay = start(finds=["Held by the sweep: anna, places (6>5)"] * is_judged)
+    add(store, MINUTE_S, *[(at(1), 30)] * 5, login="dora")
+    assert send(relay, at(1), login="dora").answer == (NEWPLACE if is_judged else DUNNO)
 
 
-SAME_NETWORK = [
-    ["192.0.2.0", "192.0.2.1", "192.0.2.10", "192.0.2.255"],
-    ["2001:db8:1::1", "2001:db8:1:2::", "2001:db8:1:ffff:ffff:ffff:ffff:ffff", "2001:db8:1:0:1::1"],
-    ["2001:db8::1", "2001:db8:0:1::1", "2001:db8:0:ffff:1:2:3:4", "2001:db8::"],
-    ["::1", "::", "::ffff:192.0.2.1", "::ffff:198.51.100.1"],
-    ["2001::1", "2001:0:0:1::", "2001::1:0:0:1"],
-]
-OTHER_NETWORKS = ["192.0.20.1", "192.0.3.1", "192.1.2.1", "19.0.2.1", "2001:db8:10::1", "2001:db8:1f::1", "2001:db9::"]
-NO_NETWORK = ["unknown", "", "localhost", "192.0.2", "192.0.2.256", "192.0.2.1.5", "2001:db8:1", ":", "::1::", "a,b"]
+# ---- what lasts -------------------------------------------------------------------------------------
+
+YES = ("early_signs=yes",)
+AUDIT = ("early_signs=audit",)
+NO = ("early_signs=no",)
 
 
-@pytest.mark.parametrize("addresses", SAME_NETWORK, ids=lambda addresses: addresses[0])
-def test_a_network_is_a_24_of_ipv4_and_a_48_of_ipv6(store: Store, addresses: list[str]) -> None:
-    """Whichever of its addresses come first, and what is no address is in none."""
-    settings = Settings(max_networks=1)
-    for each in (addresses, addresses[::-1]):
-        store.clear()
-        for client_address in [*each, *NO_NETWORK]:
-            assert inserted(store.repository, [event("anna", address=client_address)], settings) == [(DUNNO, "")]
-        for n, other in enumerate(OTHER_NETWORKS, start=2):
-            assert inserted(store.repository, [event("anna", address=other)], settings) == [
-                (HOLD_NETWORKS, f"fanout ({n}>1)")
-            ]
-
-
-@pytest.mark.parametrize("recipients", [0, None])
-def test_messages_that_were_forgiven_do_not_count(store: Store, recipients: int | None) -> None:
-    settings = Settings(max_networks=2, hourquota=5)
-    store.add([("anna", "", address(n), recipients) for n in range(9)], age_s=A_MINUTE)
-    store.add([("anna", "", address(20), 4)], age_s=AN_HOUR_AND_A_MINUTE)
-    for network, expected in [(30, (DUNNO, "")), (31, (DUNNO, "")), (32, (HOLD_NETWORKS, "fanout (3>2)"))]:
-        assert inserted(store.repository, [event("anna", address=address(network))], settings) == [expected]
-
-
-@pytest.mark.mariadb
-def test_a_login_of_which_only_rows_without_a_count_are_found_is_asked_for_once(database: Database) -> None:
-    """As on a node of a cluster that has not got the row yet."""
-    store = MariaStore(database)
-    store.add([("anna", "", address(1), None), ("anna", "", address(2), None)], age_s=A_MINUTE)
+@on_stores("SQLite", "schema.sql", "go-policyd")
+@pytest.mark.parametrize(
+    ("kind", "lines", "answer", "word"),
+    [
+        ("HOLD places", YES, PLACES, "DEFERRING places"),
+        ("HOLD newplace", YES, NEWPLACE, "DEFERRING newplace"),
+        ("REJECT places", YES, PLACES, "DEFERRING places"),
+        ("HOLD places", AUDIT, DUNNO, "would HOLD places"),
+        ("HOLD places", (*YES, "mode=audit"), DUNNO, "would HOLD places"),
+        ("HOLD newplace", NO, DUNNO, ""),
+        ("HOLD blocked", YES, "HOLD blocked", "DEFERRING blocked"),
+        ("HOLD blocked", NO, "HOLD blocked", "DEFERRING blocked"),
+        ("HOLD blocked", (*AUDIT, "mode=audit", "quota=anna:unlimited"), "HOLD blocked", "DEFERRING blocked"),
+        ("HOLD overquota", YES, DUNNO, ""),
+    ],
+)
+def test_an_incident_of_another_relay_holds_here_for_24_h_as_our_own_would(
+    store: Store, start: StartRelay, logged: KeptLog, kind: str, lines: tuple[str, ...], answer: str, word: str
+) -> None:
+    """A human's word always; early signs as this relay's early_signs= says.  Also after a restart; TIME is local."""
+    store.add([incident("anna", kind)], DAY_S - MINUTE_S)
+    before = time.time() - DAY_S
     for _ in range(2):
-        usage = store.repository.sum_recipients([event("anna", 0)], scope_of(Settings(max_networks=1)), soon())
-        assert usage == [Usage(0)]
-
-
-@pytest.mark.parametrize(
-    ("trusted", "clients"),
-    [
-        (["192.0.2.0/24"], ["192.0.2.1", "192.0.2.255"]),
-        (["192.0.2.16/28"], ["192.0.2.16", "192.0.2.31"]),
-        (["192.0.2.7"], ["192.0.2.7"]),
-        (["192.0.0.0/16", "2001:db8::/32"], ["192.0.2.1", "192.0.3.1", "2001:db8:7::1", "2001:db8::1"]),
-        (["2001:db8:1:2::/64"], ["2001:db8:1:2::1", "2001:db8:1:2:3:4:5:6"]),
-        (["2001:DB8::7"], ["2001:db8::7"]),
-        (["0.0.0.0/1"], ["10.0.0.1", "126.0.0.1"]),
-    ],
-    ids=str,
-)
-def test_trusted_networks_do_not_count(tmp_path: Path, trusted: list[str], clients: list[str]) -> None:
-    """Be they wider than a network or narrower; the rest of it counts."""
-    store = SQLiteStore(tmp_path / "events.sqlite3")
-    settings = read(tmp_path, "max_networks=2", *(f"trusted_network={each}" for each in trusted))
-    free = ["198.51.100.1", "203.0.113.1", "2001:db7::1"]
-    for client_address in [*clients, *free[:2], *clients]:
-        assert inserted(store.repository, [event("anna", address=client_address)], settings) == [(DUNNO, "")]
-    assert inserted(store.repository, [event("anna", address=free[2])], settings) == [(HOLD_NETWORKS, "fanout (3>2)")]
-    # Held is the login: also what it sends from there.
-    assert inserted(store.repository, [event("anna", address=clients[0])], settings)[0][0] == HOLD_NETWORKS
-
-
-def test_of_a_network_that_is_trusted_in_part_the_rest_counts(store: Store, tmp_path: Path) -> None:
-    settings = read(tmp_path, "max_networks=1", "trusted_network=192.0.2.16/28")
-    for client_address, expected in [
-        ("192.0.2.17", (DUNNO, "")),
-        ("198.51.100.1", (DUNNO, "")),
-        ("192.0.2.18", (DUNNO, "")),
-        ("192.0.2.32", (HOLD_NETWORKS, "fanout (2>1)")),
-    ]:
-        assert inserted(store.repository, [event("anna", address=client_address)], settings) == [expected]
-
-
-# ---- a busy hour ------------------------------------------------------------------------------------
-
-
-def test_reaching_the_hour_quota_is_held(store: Store, tmp_path: Path, policyd: Start) -> None:
-    """On every table, with the words that log parsers match; what is older than an hour does not count."""
-    store.add([("anna", "", "", 40)], age_s=AN_HOUR_AND_A_MINUTE)
-    store.add([("anna", "", "", 3)], age_s=AN_HOUR_LESS_A_MINUTE)
-    daemon = policyd(hourquota=8, **settings_to(store, tmp_path))
-    for recipients, reached, answer, rule in [
-        (4, 47, DUNNO, ""),
-        (1, 48, HOLD_HOUR, "DEFERRING hourquota (8>8)"),
-        (9, 57, HOLD_HOUR, "DEFERRING hourquota (17>8)"),
-    ]:
-        message = f"anna/192.0.2.1/{recipients}"
-        assert send(daemon, message) == outcome(answer, rule, message, reached)
-    assert send(daemon, "bert/192.0.2.1/7") == outcome(DUNNO, "", "bert/192.0.2.1/7", 7)
-    assert send(daemon, "bert/192.0.2.1/1") == outcome(
-        HOLD_HOUR, "DEFERRING hourquota (8>8)", "bert/192.0.2.1/1", 8
-    )
-
-
-def test_who_was_held_for_the_hour_is_free_when_it_is_over_and_held_again(store: Store) -> None:
-    settings = Settings(hourquota=10)
-    store.add([("anna", "", "", 9)], age_s=AN_HOUR_LESS_A_MINUTE)
-    assert inserted(store.repository, [event("anna")], settings) == [(HOLD_HOUR, "hourquota (10>10)")]
+        relay = Relay(store, logged, "keep_days=30", *lines)
+        for _ in range(2):
+            found, said = send(relay, HOME)
+            assert (found, [text.partition(" (since ")[0] for text in said]) == (answer, [word] if word else [])
+            for moment in re.findall(r"since ([-0-9]+ [:0-9]+)\)", "".join(said)):
+                assert abs(time.mktime(time.strptime(moment, "%Y-%m-%d %H:%M:%S")) - before - MINUTE_S) < HOUR_S / 2
+        assert relay.told == []
     store.clear()
-    store.add([("anna", "", "", 10)], age_s=AN_HOUR_AND_A_MINUTE)
-    assert inserted(store.repository, [event("anna", 9)], settings) == [(DUNNO, "")]
-    assert inserted(store.repository, [event("anna", 1)], settings) == [(HOLD_HOUR, "hourquota (10>10)")]
+    store.add([incident("anna", kind)], DAY_S + MINUTE_S)
+    assert send(Relay(store, logged, "keep_days=30", *lines), HOME) == (DUNNO, [])
 
 
-def test_the_hour_of_a_batch_runs_up_in_order_of_arrival(store: Store) -> None:
-    store.add([("anna", "", "", 100)], age_s=AN_HOUR_AND_A_MINUTE)
-    batch = [event("anna", 3), event("bert", 4), event("anna", 2), event("anna", 1), event("bert", 1)]
-    assert inserted(store.repository, batch, Settings(hourquota=5)) == [
-        (DUNNO, ""), (DUNNO, ""), (HOLD_HOUR, "hourquota (5>5)"), (HOLD_HOUR, "hourquota (6>5)"),
-        (HOLD_HOUR, "hourquota (5>5)"),
-    ]
-
-
-OWN = [
-    "quota=busy:1000:50", "quota=few:1000:2", "quota=none:1000:0", "quota=plain:1000", "quota=robot:unlimited",
-    "quota=meter:unlimited:20", "quota=trainee:0:1",
-]
-
-
-@pytest.mark.parametrize(
-    ("login", "hour"),
-    [
-        ("busy", 50), ("few", 2), ("none", None), ("plain", 10), ("robot", None), ("meter", 20), ("anna", 10),
-    ],
-)
-def test_a_login_may_have_an_hour_quota_of_its_own(tmp_path: Path, login: str, hour: int | None) -> None:
-    """A quota of its own leaves it that of all; `unlimited` is so in an hour too, unless it says otherwise."""
-    store = SQLiteStore(tmp_path / "events.sqlite3")
-    settings = read(tmp_path, "hourquota=10", "defaultquota=1000", *OWN)
-    store.add([(login, "", "", 100)], age_s=AN_HOUR_AND_A_MINUTE)
-    assert inserted(store.repository, [event(login, (hour or 890) - 1)], settings) == [(DUNNO, "")]
-    expected = (HOLD_HOUR, f"hourquota ({hour}>{hour})") if hour else (DUNNO, "")
-    assert inserted(store.repository, [event(login)], settings) == [expected]
-
-
-def test_an_hour_quota_of_its_own_needs_none_for_all(policyd: Start) -> None:
-    daemon = policyd(quota="anna:1000:5")
-    assert send(daemon, "bert/192.0.2.1/100").answer == DUNNO
-    assert send(daemon, "anna/192.0.2.1/4").answer == DUNNO
-    assert send(daemon, "anna/192.0.2.1/1") == outcome(
-        HOLD_HOUR, "DEFERRING hourquota (5>5)", "anna/192.0.2.1/1", 5
-    )
-
-
-# ---- one rule after the other -----------------------------------------------------------------------
-
-
-def test_the_hardest_answer_is_given(policyd: Start) -> None:
-    daemon = policyd(
-        defaultquota=20, hourquota=10, max_networks=2, blacklist="phished", always_allow="helpdesk@example.org"
-    )
-    for network, recipients, reached, answer, rule in [
-        (1, 1, 1, DUNNO, ""),
-        (2, 1, 2, DUNNO, ""),
-        (3, 7, 9, HOLD_NETWORKS, "DEFERRING fanout (3>2)"),
-        (3, 1, 10, HOLD_HOUR, "DEFERRING hourquota (10>10)"),
-        (3, 9, 19, HOLD_HOUR, "DEFERRING hourquota (19>10)"),
-        (3, 1, 20, HOLD, "DEFERRING overquota (20>20)"),
-        (3, 20, 40, REJECT, "REJECTING overquota (40>2x20)"),
-    ]:
-        message = f"anna/{address(network)}/{recipients}"
-        assert send(daemon, message) == outcome(answer, rule, message, reached)
-    assert send(daemon, f"phished/{address(1)}/1").answer == HOLD_BLACKLISTED
-    assert ask(daemon, "anna", recipient="helpdesk@example.org").answer == DUNNO
-
-
-@given(
-    sums=st.tuples(*[st.integers(0, 9)] * 3), limits=st.tuples(*[st.integers(1, 9) | st.just(NEVER)] * 4)
-)
-def test_decisions_never_soften_as_anything_grows(
-    sums: tuple[int, int, int], limits: tuple[int, int, int, int]
+@on_each
+@pytest.mark.parametrize("lines", [("early_signs=audit",), ("early_signs=yes", "mode=audit")])
+def test_an_audit_says_what_would_be_held_and_records_and_tells_nothing(
+    store: Store, start: StartRelay, lines: tuple[str, ...]
 ) -> None:
-    day, hour, networks = sums
-    hold_at, reject_at, hour_quota, max_networks = limits
-
-    def decision(day: int, hour: int, networks: int) -> int:
-        answer = decide(day, hold_at, reject_at, hour_quota, hour, networks, max_networks)
-        return [DUNNO, HOLD_NETWORKS, HOLD_HOUR, HOLD, REJECT].index(answer)
-
-    now = decision(day, hour, networks)
-    assert now <= min(decision(day + 1, hour, networks), decision(day, hour + 1, networks),
-                      decision(day, hour, networks + 1))
-
-
-def test_an_audit_lets_early_signs_pass_and_logs_them(policyd: Start) -> None:
-    daemon = policyd(mode="audit", hourquota=10, max_networks=1, hold_message="ask us")
-    assert send(daemon, "anna/10.0.1.1/1") == outcome(DUNNO, "", "anna/10.0.1.1/1", 1)
-    assert send(daemon, "anna/10.0.2.1/1") == outcome(DUNNO, "would HOLD fanout (2>1)", "anna/10.0.2.1/1", 2)
-    assert send(daemon, "anna/10.0.2.1/8") == outcome(
-        DUNNO, "would HOLD hourquota (10>10)", "anna/10.0.2.1/8", 10
-    )
+    """The sweep once a login and day; quotas hold meanwhile, unless all is an audit."""
+    at_home(store)
+    for n in range(16):
+        add(store, (31 + 60 * n) * MINUTE_S, (at(n), 1), login="dora")
+    found = "would HOLD places (16>15) for user dora, found by the sweep"
+    relay = start(*lines, "defaultquota=200", finds=[found])
+    assert [send(relay, at(n)) for n in range(5)] == [(DUNNO, [])] * 5
+    assert send(relay, at(5)) == (DUNNO, [line("would HOLD places (6>5)", client_address=at(5))])
+    assert send(relay, HOME) == (DUNNO, [])
+    assert relay.sweep(2 * HOUR_S) == ["would HOLD places (6>5) for user anna, found by the sweep"]
+    assert relay.sweep(2 * HOUR_S) == []
+    assert (relay.told, incidents(store)) == ([], [])
+    assert sorted(relay.sweep(DAY_S)) == [found, "would HOLD places (6>5) for user anna, found by the sweep"]
+    assert send(relay, HOME, 200).answer == (DUNNO if "mode=audit" in lines else HOLD)
+    assert len(relay.told) == len(incidents(store)) == (0 if "mode=audit" in lines else 1)
 
 
-def test_the_message_of_the_site_is_told_with_an_early_sign(policyd: Start) -> None:
-    daemon = policyd(hourquota=10, max_networks=1, hold_message="ask us", reject_message="too late")
-    assert send(daemon, "anna/10.0.1.1/1").answer == DUNNO
-    assert send(daemon, "anna/10.0.2.1/1").answer == f"{HOLD_NETWORKS}; ask us"
-    assert send(daemon, "bert/10.0.2.1/10").answer == f"{HOLD_HOUR}; ask us"
+# ---- when something is down -------------------------------------------------------------------------
 
 
-# ---- long histories ---------------------------------------------------------------------------------
-
-
-def test_of_a_long_history_the_early_signs_are_seen(store: Store, tmp_path: Path) -> None:
-    """Of logins that are never refused for their sum, and have more rows than decide for others."""
-    own = ["quota=robot:unlimited", "quota=meter:unlimited:50"]
-    settings = read(tmp_path, "defaultquota=20", "max_networks=3", "hourquota=5", *own)
-    assert scope_of(settings).of("robot").rows < 2000
-    for login in ("robot", "meter"):
-        store.add([(login, "", address(n % 100), 1) for n in range(2000)], age_s=2 * HOUR_S)
-        store.add([(login, "", address(n % 3), 1) for n in range(48)], age_s=A_MINUTE)
-    for n in range(4):  # that a history is long is known from the first time on
-        batch = [event("robot", address=address(1), sender=f"{n}"), event("anna", sender=f"{n}")]
-        assert inserted(store.repository, batch, settings) == [(DUNNO, "")] * 2
-    for reached in (49, 50, 51):
-        decision = (DUNNO, "") if reached < 50 else (HOLD_HOUR, f"hourquota ({reached}>50)")
-        assert inserted(store.repository, [event("meter", address=address(2), sender=f"{reached}")], settings) == [
-            decision
-        ]
-    for n in (4, 5):
-        batch = [event("robot", address=address(n), sender="x"), event("bert", sender=f"{n}")]
-        assert inserted(store.repository, batch, settings) == [(HOLD_NETWORKS, f"fanout ({n}>3)"), (DUNNO, "")]
-
-
-def test_a_long_history_in_one_network_is_summed_no_further_than_it_matters(store: Store) -> None:
-    settings = Settings(defaultquota=20, max_networks=1, hourquota=10)
-    store.add([("anna", "", address(1, n % 250), 1) for n in range(2000)], age_s=A_MINUTE)
+@on_stores("SQLite")
+def test_in_an_outage_no_early_sign_is_judged_and_known_incidents_hold_on(
+    store: SQLiteStore, start: StartRelay
+) -> None:
+    """Quotas work; afterwards all logins are swept, not only those that send then."""
+    at_home(store)
+    at_home(store, "dora")
+    store.add([incident("carl", "HOLD places")], HOUR_S)
+    repository = BreakableRepository(str(store._path))
+    relay = start("defaultquota=200", repository=repository)
+    assert [send(relay, HOME, login=login).answer for login in ("carl", "dora")] == [PLACES, DUNNO]
+    repository.broken = AWAY
+    for login, n in (("dora", 0), ("carl", 0), *(("anna", n) for n in range(10))):
+        assert relay.ask(login, client_address=at(n)).answer == (PLACES if login == "carl" else DUNNO)
+    assert relay.recorder.down_s() is not None
+    assert relay.sweep() == []
+    assert relay.ask("anna", client_address=HOME, recipient_count=200).answer == HOLD
+    repository.broken = frozenset()
+    relay.recorder.look_for_store()
     for _ in range(3):
-        decision, rule = inserted(store.repository, [event("anna", address=address(1))], settings)[0]
-        assert decision == REJECT
-        assert re.fullmatch(r"overquota \([0-9]+>2x20\)", rule)
+        relay.recorder.turn()
+    assert (relay.recorder.down_s(), relay.recorder.journal.waiting) == (None, 0)
+    store.add([("late", "", at(n), 1) for n in range(16)], 2 * HOUR_S)
+    found = ["anna, places (10>5)", "late, places (16>15)"]
+    assert sorted(relay.sweep()) == [f"Held by the sweep: {each}" for each in found]
+    assert relay.ask("late").answer == PLACES
 
 
-def test_many_networks_are_counted_beside_a_login_with_one(store: Store) -> None:
-    """One statement asks closely for the one and briefly for the other; nothing of a long list is cut off."""
-    settings = Settings(max_networks=5)
-    store.add([("anna", "", f"2001:db8:{n:x}:1111:2222:3333:4444:5555", 1) for n in range(700)], age_s=A_MINUTE)
-    for n in range(3):
-        batch = [event("anna", address="2001:db8::1", sender=f"{n}"), event("bert", sender=f"{n}")]
-        assert inserted(store.repository, batch, settings) == [(HOLD_NETWORKS, "fanout (700>5)"), (DUNNO, "")]
+class Unsweepable(BreakableRepository):
+    """A store in which only the sweep fails."""
+
+    def ask(self, statement: str, arguments: Mapping[str, object], deadline: float | None = None) -> list[Any]:
+        if deadline is None and self.broken:
+            raise RepositoryUnavailable("as for a wrong right")
+        return super().ask(statement, arguments, deadline)
+
+
+@on_stores("SQLite")
+def test_a_sweep_that_fails_is_one_warning_and_tried_again_each_minute(store: SQLiteStore, start: StartRelay) -> None:
+    repository = Unsweepable(str(store._path))
+    relay = start(repository=repository)
+    add(store, 10 * MINUTE_S, *((at(n), 1) for n in range(6)))
+    for found in (["Held by the sweep: anna, places (6>5)"], []):
+        repository.broken = frozenset(("ask",))
+        expected = ["no sweep for early signs, trying each minute: as for a wrong right"]
+        assert [relay.sweep(5 * MINUTE_S) for _ in range(3)] == [expected, [], []]
+        assert relay.recorder.down_s() is None
+        repository.broken = frozenset()
+        assert relay.sweep() == found
+
+
+@on_stores("go-policyd")
+def test_without_the_index_there_is_no_sweep_and_the_log_says_what_helps(
+    store: Store, start: StartRelay, logged: KeptLog
+) -> None:
+    add(store, MINUTE_S, *((at(n), 1) for n in range(6)))
+    (warning,) = Relay(store, logged, "keep_days=30", "early_signs=yes").sweep()
+    assert "index" in warning
+    assert "policyd --init-db" in warning
+    assert incidents(store) == []
 
 
 # ---- against a plain model --------------------------------------------------------------------------
 
-CLIENTS = [
-    "192.0.2.1", "192.0.2.2", "192.0.2.200", "192.0.20.1", "192.0.21.1", "192.0.3.1", "198.51.100.1", "unknown", "",
-    "2001:db8::1", "2001:db8:0:1::1", "2001:db8:1::1", "2001:db8:1:2::1", "2001:db8:10::1", "2001:db8:1f::", "2001::1",
-    "::1", "192.0.2", "x", "2001:db8:1", "203.0.113.7", "203.0.113.8",
-]
-LOGINS = ["anna", "bert", "own", "free"]
-AGES = [A_MINUTE, 9 * 60, 11 * 60, AN_HOUR_LESS_A_MINUTE, AN_HOUR_AND_A_MINUTE, A_DAY_LESS_A_MINUTE, A_DAY_AND_A_MINUTE]
-TRUSTED = [["192.0.2.0/24"], ["192.0.2.2"], ["203.0.113.8/29", "2001:db8:1::/48"], ["2001:db8::/33"]]
+
+class Past(NamedTuple):
+    """A row of anna's: a message, one that was forgiven, or an incident."""
+
+    what: str
+    count: int | None
+    age_s: float
 
 
-class Sent(NamedTuple):
-    """A message that somebody has sent."""
-
-    login: str
-    client_address: str
-    recipients: int | None
-
-
-def sent(recipients: st.SearchStrategy[int | None]) -> st.SearchStrategy[Sent]:
-    return st.builds(Sent, st.sampled_from(LOGINS), st.sampled_from(CLIENTS), recipients)
+AGES = [MINUTE_S, 29 * MINUTE_S, 31 * MINUTE_S, 59 * MINUTE_S, 61 * MINUTE_S, 23 * HOUR_S, 25 * HOUR_S, 50 * HOUR_S,
+        29 * DAY_S, 31 * DAY_S]  # fmt: skip
+CLIENTS = [HOME, "10.9.9.9", *map(at, range(5)), "::ffff:20.0.0.9", "64:ff9b::1600:1", "unknown", "192.0.2.1",
+           "2001:db8::1", "2a02::1"]  # fmt: skip
+messages = st.builds(Past, st.sampled_from(CLIENTS), st.sampled_from([1, 2, 20, 20, 30, 0, -3]), st.sampled_from(AGES))
+troubles = st.builds(Past, st.sampled_from(["HOLD places", "HOLD newplace", "HOLD overquota"]),
+                     st.sampled_from([None, None, 0]), st.sampled_from(AGES[5:]))  # fmt: skip
+pasts = st.lists(messages, max_size=14) | st.lists(messages | troubles, max_size=20)
 
 
-past = st.lists(st.tuples(sent(st.sampled_from([None, 0, 1, 1, 2, 5])), st.sampled_from(AGES)), max_size=14)
-present = st.lists(st.lists(sent(st.integers(1, 4)), min_size=1, max_size=8), min_size=1, max_size=3)
+def place(client_address: str) -> str:
+    """Return the first number of an address; nothing if it has no place."""
+    if client_address.startswith("192.0.2.") or client_address[0] not in "0123456789:":
+        return ""
+    inside = re.fullmatch(r"::ffff:(.*)", client_address)
+    if client_address.startswith("64:ff9b::"):
+        return f"{int(client_address[9:11], 16)}."
+    client_address = inside[1] if inside else client_address
+    return client_address.split(".")[0] + "." if "." in client_address else client_address.split(":")[0] + ":"
 
 
-class Rules(NamedTuple):
-    """Settings, and the same for the model."""
-
-    defaultquota: int
-    hourquota: int
-    max_networks: int
-    window: int  # minutes
-    trusted: list[str]
-    own_hour: int | None
-
-    def lines(self) -> list[str]:
-        """Return them as a file has them."""
-        own = f"quota=own:{2 * self.defaultquota}" + ("" if self.own_hour is None else f":{self.own_hour}")
-        return [
-            f"defaultquota={self.defaultquota}", f"hourquota={self.hourquota}", f"max_networks={self.max_networks}",
-            f"networks_window={self.window}m", own, "quota=free:unlimited",
-            *(f"trusted_network={each}" for each in self.trusted),
-        ]
-
-
-rules = st.builds(
-    Rules,
-    st.integers(4, 25), st.integers(0, 12), st.integers(0, 4), st.sampled_from([10, 60, 1440]),
-    st.just([]) | st.sampled_from(TRUSTED), st.none() | st.integers(0, 15),
-)
-
-
-def network_bits(client_address: str) -> bytes | None:
-    """Return the bits of an address that make its network."""
-    for family, size in ((socket.AF_INET, 3), (socket.AF_INET6, 6)):
-        try:
-            return socket.inet_pton(family, client_address)[:size]
-        except OSError:
-            pass
-    return None
+def by_the_book(past: list[Past], quota: int, max_places: int) -> tuple[str, str]:
+    """Return what is decided of the last message of a past, in the path, and what the sweep says before it."""
+    sent = [each for each in past if place(each.what) and (each.count or 0) > 0]
+    cuts = [each.age_s for each in past if each.what in ("HOLD places", "HOLD newplace") and each.count is None
+            and each.age_s < 30 * DAY_S]  # fmt: skip
+    known = {
+        place(each.what) for each in past
+        if (each.count or 0) < 0 or (each.count is not None and DAY_S + max(cuts, default=0) <= each.age_s < 30 * DAY_S)
+    }  # fmt: skip
+    new = [each for each in sent if place(each.what) not in known]
+    in_half_hour = len({place(each.what) for each in new if each.age_s < HOUR_S / 2})
+    in_hour = [each for each in new if each.age_s < HOUR_S]
+    places_of_hour = len({place(each.what) for each in in_hour})
+    places_of_day = len({place(each.what) for each in new if each.age_s < DAY_S})
+    recipients = sum(each.count or 0 for each in in_hour)
+    held = ""
+    if in_half_hour > max_places or places_of_day > 3 * max_places:
+        figure = (in_half_hour, max_places) if in_half_hour > max_places else (places_of_day, 3 * max_places)
+        held = "Held by the sweep: anna, places ({}>{})".format(*figure)
+    floor = sum(each.count or 0 for each in past if (each.count or 0) > 0 and each.age_s < HOUR_S) >= min(40, quota)
+    last = place(past[-1].what)
+    if not floor or not last or last in known:
+        return "", held
+    if in_half_hour > max_places:
+        return f"places ({in_half_hour}>{max_places})", held
+    if places_of_hour > 3 * max_places:
+        return f"places ({places_of_hour}>{3 * max_places})", held
+    if len(in_hour) >= 5 and recipients >= quota:
+        return f"newplace ({recipients}>{quota})", held
+    return "", held
 
 
-def is_trusted(client_address: str, trusted: list[str]) -> bool:
-    """Tell whether the address is in one of these networks."""
-    for entry in trusted:
-        base, _, prefix = entry.partition("/")
-        family = socket.AF_INET6 if ":" in base else socket.AF_INET
-        try:
-            bits, wanted = socket.inet_pton(family, client_address), socket.inet_pton(family, base)
-        except OSError:
-            continue
-        rest = 8 * len(bits) - int(prefix or 8 * len(bits))
-        if int.from_bytes(bits, "big") >> rest == int.from_bytes(wanted, "big") >> rest:
-            return True
-    return False
-
-
-def by_the_book(rules: Rules, events: list[tuple[Sent, float]], batch: list[Sent], n: int) -> tuple[str, str]:
-    """Return what is decided about the n-th of a batch, after `events` of these ages."""
-    login = batch[n].login
-    mine = [(each, age) for each, age in events if each.login == login and age < 86_400]
-    mine += [(each, 0.0) for each in batch[: n + 1] if each.login == login]
-    day = sum(each.recipients or 0 for each, _ in mine)
-    hour = sum(each.recipients or 0 for each, age in mine if age < 3600)
-    clients = [each.client_address for each, age in mine if age < rules.window * 60 and each.recipients]
-    clients += [each.client_address for each in batch if each.login == login]
-    networks = len({bits for each in clients if not is_trusted(each, rules.trusted) and (bits := network_bits(each))})
-    quota = {"own": 2 * rules.defaultquota, "free": 10**9}.get(login, rules.defaultquota)
-    hour_quota = {"own": rules.own_hour, "free": 0}.get(login)
-    hour_quota = rules.hourquota if hour_quota is None else hour_quota
-    if day >= 2 * quota:
-        return REJECT, f"overquota ({day}>2x{quota})"
-    if day >= quota:
-        return HOLD, f"overquota ({day}>{quota})"
-    if hour_quota and hour >= hour_quota:
-        return HOLD_HOUR, f"hourquota ({hour}>{hour_quota})"
-    if rules.max_networks and networks > rules.max_networks:
-        return HOLD_NETWORKS, f"fanout ({networks}>{rules.max_networks})"
-    return DUNNO, ""
-
-
-@hypothesis_settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rules=rules, history=past, batches=present)
-@example(
-    Rules(1000, 0, 1, 10, ["192.0.2.0/24"], None),
-    [(Sent("anna", "192.0.2.1", 1), A_MINUTE), (Sent("anna", "192.0.2.2", 1), A_MINUTE)],
-    [[Sent("anna", "192.0.20.1", 1), Sent("bert", "unknown", 1)], [Sent("anna", "2001:db8::1", 1)]],
-)
+@on_each
+@hypothesis_settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(past=pasts, client=st.sampled_from(CLIENTS), quota=st.sampled_from([30, 60]), max_places=st.integers(1, 4))
+@example([Past(at(n), 20, 31 * MINUTE_S) for n in range(4)], at(4), 60, 1)
+@example([Past(at(n), 10, 29 * MINUTE_S) for n in range(4)], at(4), 60, 4)
+@example([*[Past(at(1), 20, 60)] * 4, Past(at(1), 1, 50 * HOUR_S), Past("HOLD places", None, 9e4)], at(1), 60, 4)
 def test_decisions_are_those_of_a_simple_computation(
-    store: Store, tmp_path: Path, rules: Rules, history: list[tuple[Sent, float]], batches: list[list[Sent]]
+    store: Store, logged: KeptLog, past: list[Past], client: str, quota: int, max_places: int
 ) -> None:
-    """Whoever was asked for closely before or not: the repository remembers that from example to example."""
+    """In the path for one more message, and then of the sweep."""
     store.clear()
-    settings = read(tmp_path, *rules.lines())
-    events = list(history)
-    for n, (each, age) in enumerate(history):  # each has a row of its own
-        store.add([(each.login, f"{n}", each.client_address, each.recipients)], age_s=age)
-    for batch in batches:
-        rows = [event(each.login, each.recipients or 0, f"s{n}", each.client_address) for n, each in enumerate(batch)]
-        expected = [by_the_book(rules, events, batch, n) for n in range(len(batch))]
-        assert inserted(store.repository, rows, settings) == expected
-        assert judged(store.repository, rows, settings) == expected
-        events += [(each, 0.0) for each in batch]
+    add(store, 4 * DAY_S, ("192.0.2.1", 1), login="bert")
+    for age_s in {each.age_s for each in past}:  # each has a row of its own
+        rows = [("anna", f"{n}", each.what, each.count) for n, each in enumerate(past) if each.age_s == age_s]
+        store.add(rows, age_s)
+    lines = (f"new_place_quota={quota}", f"max_places={max_places}", "trusted_network=192.0.2.0/24")
+    relay = Relay(store, logged, "keep_days=30", "early_signs=audit", *lines)
+    lasts = [each.what for each in past if each.count is None and each.age_s < DAY_S and each.what != "HOLD overquota"]
+    relay.sweep()  # it learns that the table remembers enough
+    said, held = by_the_book([*past, Past(client, 3, 0)], quota, max_places)
+    outcome = send(relay, client, 3)
+    if lasts:
+        assert "since" in outcome.lines[0]
+        held = ""
+    else:
+        assert outcome.lines == ([line(f"would HOLD {said}", client_address=client)] if said else [])
+    other = Relay(store, logged, "keep_days=30", "early_signs=yes", *lines)
+    assert other.sweep() == ([held] if held else [])
 
 
-# ---- what spares the work ---------------------------------------------------------------------------
-
-groups = st.sampled_from([0, 0, 0, 1, 2, 0xA, 0xB, 0x10, 0x1A, 0xFF, 0x100, 0xDB8, 0x2001, 0xFFFF])
-ipv6 = st.lists(groups, min_size=8, max_size=8).map(
-    lambda all_groups: socket.inet_ntop(socket.AF_INET6, b"".join(group.to_bytes(2, "big") for group in all_groups))
-)
-octets = st.sampled_from([0, 1, 2, 10, 19, 25, 100, 192, 200, 255])
-ipv4 = st.lists(octets, min_size=4, max_size=4).map(lambda each: ".".join(map(str, each)))
-texts = ipv4 | ipv6 | st.sampled_from(NO_NETWORK) | st.text("0129af.:", max_size=12)
+# ---- the daemon by itself ---------------------------------------------------------------------------
 
 
-@hypothesis_settings(max_examples=200)
-@given(st.lists(texts, min_size=2, max_size=60))
-@example(["2001:db8::1", "2001:db8:0:1::1"])
-@example(["1:2::3:4", "1:2:3::4", "1:2::"])
-@example(["10.0.1.1", "10.0.1", "10.0.10.1", "10.0.1.200"])
-def test_two_addresses_are_in_one_network_only_if_all_between_them_are(addresses: list[str]) -> None:
-    """Between them as texts, in whose order a database finds the lowest and the highest."""
-    in_order = sorted(addresses)
-    for begin in range(len(in_order)):
-        for end in range(begin, len(in_order)):
-            if not in_one_network(in_order[begin], in_order[end]):
-                break
-            assert len(networks_of(in_order[begin : end + 1], NOBODY)) <= 1
+@on_each
+def test_the_daemon_sweeps_by_itself(store: Store, policyd: Start) -> None:
+    """At its start already; a relay that was started together with others a little later."""
+    add(store, 4 * DAY_S, ("192.0.2.1", 1), login="bert")
+    add(store, MINUTE_S, *((at(n), 1) for n in range(6)))
+    daemon = policyd(early_signs="yes", keep_days=30, **store.settings)
+    assert daemon.wait_for_log("Held by the sweep").text == "Held by the sweep: anna, places (6>5)"
+    assert daemon.ask(sasl_username="anna") == PLACES
 
 
-@given(ipv4 | ipv6, ipv4 | ipv6)
-def test_networks_are_the_same_if_their_bits_are(one: str, other: str) -> None:
-    assert (network_of(one, NOBODY) == network_of(other, NOBODY)) == (network_bits(one) == network_bits(other))
-
-
-@given(st.lists(octets, min_size=3, max_size=3), octets, octets)
-def test_addresses_of_one_ipv4_network_need_no_closer_look(network: list[int], one: int, other: int) -> None:
-    begin = ".".join(map(str, network))
-    assert in_one_network(*sorted([f"{begin}.{one}", f"{begin}.{other}"]))
-
-
-@given(st.integers(1, 0xFFFF), st.integers(1, 0xFFFF), st.integers(1, 0xFFFF), st.binary(min_size=10, max_size=10),
-       st.binary(min_size=10, max_size=10))
-def test_addresses_of_one_ipv6_network_need_no_closer_look(a: int, b: int, c: int, one: bytes, other: bytes) -> None:
-    """Unless the three groups have a zero among them, which is written in several ways."""
-    begin = b"".join(group.to_bytes(2, "big") for group in (a, b, c))
-    assume(any(one) and any(other))
-    both = [socket.inet_ntop(socket.AF_INET6, begin + rest) for rest in (one, other)]
-    assert in_one_network(*sorted(both))
-
-
-@pytest.mark.mariadb
-def test_a_server_that_cuts_long_lists_short_finds_the_networks_all_the_same(database: Database) -> None:
-    """As older servers do by default (group_concat_max_len)."""
-    with global_variable(database, "group_concat_max_len", 1024):
-        store = MariaStore(database)
-        many = [f"2001:db8:1:{n:x}:1111:2222:3333:4444" for n in range(200)]
-        others = ["203.0.113.1", "198.51.100.1", "10.0.0.1", "2001:db8:2::1"]
-        store.add([("anna", "", each, 1) for each in many + others], age_s=A_MINUTE)
-        expected = [(HOLD_NETWORKS, "fanout (5>3)")]
-        assert inserted(store.repository, [event("anna", address=many[0])], Settings(max_networks=3)) == expected
-
-
-# ---- outages ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.mariadb
-def test_in_an_outage_what_was_known_and_what_the_journal_has_count_together(
-    policyd: Start, mariadb: MariaDB, database: Database
-) -> None:
-    daemon = policyd(max_networks=2, hourquota=10, **database.settings())
-
-    def answers(*messages: str) -> list[str]:
-        return [send(daemon, message).answer for message in messages]
-
-    assert answers("anna/10.0.1.1/1", "anna/10.0.2.1/1", "bert/10.0.1.1/6") == [DUNNO] * 3
-    mariadb.kill()
-    assert send(daemon, "anna/10.0.3.1/1") == outcome(
-        HOLD_NETWORKS, "DEFERRING fanout (3>2)", "anna/10.0.3.1/1", 3
-    )
-    assert answers("anna/10.0.1.1/1", "bert/10.0.1.1/3") == [HOLD_NETWORKS, DUNNO]
-    assert send(daemon, "bert/10.0.1.1/1") == outcome(
-        HOLD_HOUR, "DEFERRING hourquota (10>10)", "bert/10.0.1.1/1", 10
-    )
-    assert answers("carl/10.0.1.1/1", "carl/unknown/1", "carl/10.0.2.1/1", "carl/10.0.3.1/1") == [
-        DUNNO, DUNNO, DUNNO, HOLD_NETWORKS
-    ]
-    assert answers("dora/10.0.1.1/9", "dora/10.0.1.1/1") == [DUNNO, HOLD_HOUR]
-    mariadb.start()
-    daemon.wait_for_log(ENDS, timeout=BACK_S)
-    assert {login: (int(recipients), networks) for login, recipients, networks in database.query(
-        "SELECT sasl_username, SUM(recipient_count), COUNT(DISTINCT client_address) FROM events"
-        " WHERE sasl_username IN ('anna', 'bert', 'carl', 'dora') GROUP BY 1"
-    )} == {"anna": (4, 3), "bert": (10, 1), "carl": (4, 4), "dora": (10, 1)}
-    for message, rule, reached in [
-        ("anna/10.0.2.1/1", "fanout (3>2)", 5),
-        ("bert/10.0.1.1/1", "hourquota (11>10)", 11),
-        ("carl/10.0.1.1/1", "fanout (3>2)", 5),
-        ("dora/10.0.1.1/1", "hourquota (11>10)", 11),
-    ]:
-        answer = HOLD_NETWORKS if rule.startswith("fanout") else HOLD_HOUR
-        assert send(daemon, message) == outcome(answer, f"DEFERRING {rule}", message, reached)
-
-
-class UsageOf:
-    """Whoever records an event and waits for what its login has used."""
-
-    def __init__(self, recorder: Recorder, recorded: Event) -> None:
-        self._usages: queue.SimpleQueue[Usage | None] = queue.SimpleQueue()
-        recorder.record(recorded, self._usages.put)
-
-    def get(self) -> Usage:
-        usage = self._usages.get(timeout=PATIENCE_S)
-        assert usage is not None
-        return usage
-
-
-@pytest.mark.usefixtures("logged", "no_delay")
-def test_in_an_outage_who_was_busy_hours_ago_is_not_taken_for_busy_now(tmp_path: Path) -> None:
-    """What is remembered of the hour is that of the hour."""
-    SQLiteStore(tmp_path / "events.sqlite3").add([("anna", "", "192.0.2.1", 280)], age_s=8 * HOUR_S)
-    repository = BreakableRepository(str(tmp_path / "events.sqlite3"))
-    settings = Settings(hourquota=300, max_networks=3)
-    with recording(repository, tmp_path / "journal.sqlite3") as recorder:
-        recorder.scope = scope_of(settings)
-        assert UsageOf(recorder, event("anna", 1)).get() == Usage(281, 1, frozenset(["192.0.2.1"]))
-        repository.broken = AWAY
-        usages = [UsageOf(recorder, event("anna", 5)).get() for _ in range(4)]
-    assert [(usage.recipients, usage.of_hour) for usage in usages] == [(281 + n, 1 + n) for n in (5, 10, 15, 20)]
-    assert {judge(usage, settings.limits_of("anna"), settings)[0] for usage in usages} == {DUNNO}

@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 import socketserver
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import OLD_SCHEMA
-from servers import Database, MariaDB, Policyd, free_port, run_policyd, wait_until
+from servers import Database, MariaDB, Policyd, free_port, wait_until
 from stores import (
-    WHOLE,
     Door,
     KeptLog,
     MariaStore,
     count,
     event,
     global_variable,
+    incident,
     maria_repository,
+    on_stores,
+    read_settings,
     session,
     sessions,
     soon,
     sums,
     table_locked,
+    total,
 )
 
-from policyd import Event, MariaDBRepository, RepositoryUnavailable, retries
+from policyd import Event, MariaDBRepository, RepositoryUnavailable, Settings, open_repository
 
 pytestmark = pytest.mark.mariadb
+
+both_tables = on_stores("schema.sql", "go-policyd")
+ENDED = re.compile(r"\((1969|1205|3024),")  # a statement that took too long, in MariaDB's words and in MySQL's
 
 
 @pytest.fixture
@@ -45,8 +50,8 @@ def empty_database(mariadb: MariaDB) -> Iterator[Database]:
 
 
 def created(database: Database) -> str:
-    """Return the statement that would make the table anew."""
-    return str(database.query("SHOW CREATE TABLE events")[0][1])
+    """Return the statement that would make the table anew, without what MySQL says twice."""
+    return re.sub(" CHARACTER SET utf8mb4| COLLATE utf8mb4_bin", "", database.query("SHOW CREATE TABLE events")[0][1])
 
 
 def unavailable(work: Callable[..., Any], *arguments: Any) -> str:
@@ -59,19 +64,16 @@ def unavailable(work: Callable[..., Any], *arguments: Any) -> str:
 # --- the table ---
 
 
-def test_init_creates_the_table_of_the_schema_file(empty_database: Database, database: Database) -> None:
+def test_init_creates_the_table_of_the_schema_file_and_leaves_it_alone(
+    empty_database: Database, database: Database
+) -> None:
+    expected = created(database)
     repository = maria_repository(empty_database)
     assert repository.init().startswith("created table events")
-    assert created(empty_database) == created(database)
-    assert repository.init() == f"{repository} is up to date"
-    assert created(empty_database) == created(database)
+    for each in (repository, maria_repository(database)):
+        assert each.init() == f"{each} is up to date"
+    assert created(empty_database) == created(database) == expected
     assert count(repository, event("anna", 3)) == [3]
-
-
-def test_init_leaves_the_table_of_the_schema_file_alone(database: Database) -> None:
-    before = created(database)
-    assert maria_repository(database).init().endswith("is up to date")
-    assert created(database) == before
 
 
 def test_init_upgrades_an_old_table_and_keeps_all_that_is_in_it(old_database: Database, database: Database) -> None:
@@ -103,25 +105,15 @@ def test_a_running_daemon_counts_on_after_its_table_was_upgraded(old_database: D
     assert count(running, event("longlogin1", 2, sender="another")) == [3]
 
 
-def test_check_names_the_missing_table_and_its_remedy(database: Database) -> None:
-    repository = maria_repository(database, policy_table="evnts")
-    message = unavailable(repository.check, soon())
-    assert f"there is no table evnts of MariaDB database {database.name}" in message
-    assert "policyd --init-db" in message
-
-
 @pytest.mark.parametrize("column", ["ts", "sasl_username", "sender", "client_address", "recipient_count"])
 def test_check_names_a_missing_column(database: Database, column: str) -> None:
     database.query(f"ALTER TABLE events CHANGE {column} other INT NOT NULL")
     assert f"has no column {column}" in unavailable(maria_repository(database).check, soon())
 
 
-def test_check_tries_whether_events_may_be_inserted(database: Database) -> None:
-    database.query(f"REVOKE INSERT ON {database.name}.* FROM '{database.server.user}'@'127.0.0.1'")
-    assert "1142" in unavailable(maria_repository(database).check, soon())
-
-
 def test_check_warns_of_a_missing_index_and_names_the_remedy(old_database: Database, logged: KeptLog) -> None:
+    """One that does not serve is as good as none."""
+    old_database.query("ALTER TABLE events ADD KEY other (ts, sasl_username), ADD KEY login (sasl_username)")
     found = maria_repository(old_database).check(soon())
     assert "logins of up to 8 characters" in found
     assert "NO index" in found
@@ -131,11 +123,6 @@ def test_check_warns_of_a_missing_index_and_names_the_remedy(old_database: Datab
     del logged.lines[:]
     assert "255 characters, index on (sasl_username, ts)" in maria_repository(old_database).check(soon())
     assert logged.lines == []
-
-
-def test_an_index_that_does_not_serve_is_as_good_as_none(old_database: Database) -> None:
-    old_database.query("ALTER TABLE events ADD KEY other (ts, sasl_username), ADD KEY login (sasl_username)")
-    assert "NO index" in maria_repository(old_database).check(soon())
 
 
 def test_column_names_may_be_in_capitals(database: Database) -> None:
@@ -154,17 +141,16 @@ def clock_stopped(database: Database, at: str) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("table", ["database", "old_database"])
-def test_messages_of_one_millisecond_add_up_and_keep_their_time(table: str, request: pytest.FixtureRequest) -> None:
+@both_tables
+def test_messages_of_one_millisecond_add_up_and_keep_their_time(store: MariaStore) -> None:
     """Also where go-policyd's table would move the time by itself, and where a row has no number yet."""
-    database = request.getfixturevalue(table)
     now = "2026-03-04 05:06:07.123"
-    database.query("INSERT INTO events VALUES (%s, 'bert', 's@example.org', '192.0.2.1', NULL)", (now,))
-    with clock_stopped(database, now):
-        relays = [maria_repository(database), maria_repository(database)]
-        assert [count(relay, event("anna", 1), event("anna", 1)) for relay in relays] == [[1, 2], [3, 4]]
+    store.database.query("INSERT INTO events VALUES (%s, 'bert', 's@example.org', '192.0.2.1', NULL)", (now,))
+    with clock_stopped(store.database, now):
+        relays = [store.another(), store.another()]
+        assert [count(relay, event("anna", 1)) for relay in relays * 2] == [[1], [2], [3], [4]]
         assert count(relays[0], event("bert", 5)) == [5]
-    rows = database.query("SELECT CAST(ts AS CHAR), sasl_username, recipient_count FROM events")
+    rows = store.database.query("SELECT CAST(ts AS CHAR), sasl_username, recipient_count FROM events")
     assert sorted(rows) == [(now, "anna", 4), (now, "bert", 5)]
 
 
@@ -194,40 +180,95 @@ def test_two_relays_that_count_at_once_do_not_miss_each_other(database: Database
 
 # --- rows that are refused for their own sake ---
 
-
+GUILTY = Event("bert", "x@example.org", "192.0.2.9", 300)
 REFUSALS = {
-    "DataError": "ALTER TABLE events MODIFY recipient_count TINYINT, DROP KEY login_ts",
-    "IntegrityError": (
-        "ALTER TABLE events ADD FOREIGN KEY (client_address) REFERENCES relays (address)"
-    ),
+    "a number that does not fit": ["ALTER TABLE events MODIFY recipient_count TINYINT, DROP KEY login_ts"],
+    "a foreign key": [
+        "CREATE TABLE relays (address VARCHAR(80) PRIMARY KEY) CHARSET utf8mb4 COLLATE utf8mb4_bin",
+        "INSERT INTO relays VALUES ('192.0.2.1')",
+        "ALTER TABLE events ADD FOREIGN KEY (client_address) REFERENCES relays (address)",
+    ],
+    "CHECK": ["ALTER TABLE events ADD CHECK (recipient_count < 100)"],
+    "SIGNAL": [
+        "CREATE TRIGGER no_crowds BEFORE INSERT ON events FOR EACH ROW BEGIN"
+        " IF NEW.recipient_count > 100 THEN SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'no crowds'; END IF; END"
+    ],
+    "NOT NULL": ["ALTER TABLE events MODIFY recipient_count INT NOT NULL"],
 }
 
 
-@pytest.mark.parametrize("kind", REFUSALS)
-def test_a_row_that_is_refused_keeps_no_other_from_being_counted(
-    database: Database, logged: KeptLog, kind: str
+@pytest.mark.parametrize("is_replay", [False, True], ids=["now", "in a replay"])
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_row_that_is_refused_keeps_no_other_from_being_counted_and_doubles_none(
+    database: Database, logged: KeptLog, refusal: str, is_replay: bool
 ) -> None:
-    database.query("CREATE TABLE relays (address VARCHAR(80) PRIMARY KEY) CHARSET utf8mb4 COLLATE utf8mb4_bin")
-    database.query("INSERT INTO relays VALUES ('192.0.2.1')")
-    database.query(REFUSALS[kind])
-    guilty = Event("bert", "x@example.org", "192.0.2.9", 300)
-    batch = [event("anna", 1), guilty, event("anna", 2, sender=""), event("carl", 3)]
-    repository = maria_repository(database)
-    assert repository.insert(batch, soon()) == {1}
+    for statement in REFUSALS[refusal]:
+        database.query(statement)
+    store = MariaStore(database)
+    guilty = incident("bert", "HOLD overquota") if refusal == "NOT NULL" else GUILTY
+    batch = [event(login, n, sender=f"{n % 2}@example.org") for n in range(1, 60) for login in ("anna", "carl")]
+    batch[7:7] = batch[70:70] = [guilty]
+    times = [int(time.time() * 1000) - 90_000 + n for n in range(len(batch))] if is_replay else None
+    assert store.repository.insert(batch, soon(), times) == {n for n, each in enumerate(batch) if each is guilty}
+    assert {row[0]: total(store, row[0]) for row in store.rows()} == {"anna": 1770, "carl": 1770}
     kept = [each for each in batch if each is not guilty]
-    assert sums(repository, kept) == [1, 3, 3]
-    assert len(logged.errors()) == 1
-    assert logged.errors()[0].startswith("ERROR while UPDATING db: ")
-    assert logged.errors()[0].endswith("; not counted: bert/x@example.org/192.0.2.9/300")
-    assert {row[0] for row in database.query("SELECT sasl_username FROM events")} == {"anna", "carl"}
+    assert sums(store.repository, kept)[-2:] == [1770, 1770]
+    assert [error.startswith("ERROR while UPDATING db: (") for error in logged.errors()] == [True, True]
+    assert {error.rpartition("; not counted: ")[2] for error in logged.errors()} == {"/".join(map(str, guilty))}
+    store.repository.check(soon())
+    assert store.repository.insert([guilty, event("anna", 2)], soon()) == {0}
+
+
+def test_a_column_that_we_do_not_fill_refuses_each_row_and_is_no_endless_outage(
+    database: Database, logged: KeptLog
+) -> None:
+    database.query("ALTER TABLE events ADD COLUMN relay INT NOT NULL")
+    assert maria_repository(database).insert([event("anna"), event("bert")], soon()) == {0, 1}
+    assert all("1364" in error for error in logged.errors())
+
+
+def test_a_batch_with_refused_rows_that_runs_out_of_time_leaves_nothing_behind(
+    database: Database, logged: KeptLog
+) -> None:
+    """It is journaled or replayed again as a whole: what is committed by then would be there twice, again and again."""
+    database.query("ALTER TABLE events MODIFY recipient_count TINYINT")
+    store = MariaStore(database)
+    door = Door(database.server.host, database.server.port)
+    slow = maria_repository(database, dbhost=f"127.0.0.1:{door.port}")
+    slow.check(soon())
+    batch = [event(f"login{n}", 1 if n % 2 else 300) for n in range(200)]
+    door.delay_s = 0.02  # some hundred statements: they would take seconds
+    for _ in range(3):
+        unavailable(slow.insert, batch, time.monotonic() + 0.9)
+        wait_until(lambda: not sessions(database), "the server has noticed that we are gone")
+        assert total(store) == 0
+    door.delay_s = 0
+    assert slow.insert(batch, soon()) == set(range(0, 200, 2))
+    assert total(store) == 100
+    door.shut()
 
 
 # --- servers ---
 
 
-def via(database: Database, *servers: str) -> MariaDBRepository:
+def via(database: Database, *servers: str | Door) -> MariaDBRepository:
     """Return a repository that reaches the database over these servers."""
-    return maria_repository(database, dbhost=", ".join(servers))
+    named = [f"127.0.0.1:{server.port}" if isinstance(server, Door) else server for server in servers]
+    return maria_repository(database, dbhost=", ".join(named))
+
+
+def was_used(*doors: Door) -> list[bool]:
+    """Tell through which doors somebody has gone."""
+    return [len(door.passing) > 0 for door in doors]
+
+
+@pytest.fixture
+def doors(database: Database) -> Iterator[list[Door]]:
+    """Two ways to the server."""
+    two = [Door(database.server.host, database.server.port) for _ in range(2)]
+    yield two
+    for door in two:
+        door.shut()
 
 
 class Babble(socketserver.BaseRequestHandler):
@@ -237,54 +278,60 @@ class Babble(socketserver.BaseRequestHandler):
         self.request.sendall(b"220 mail.example.org ESMTP\r\n" * 10)
 
 
-def test_a_dead_server_is_passed_over(database: Database) -> None:
-    repository = via(database, f"127.0.0.1:{free_port()}", f"127.0.0.1:{database.server.port}")
-    assert count(repository, event("anna", 3)) == [3]
-
-
-def test_a_server_that_is_none_is_passed_over(database: Database) -> None:
+@pytest.fixture(params=["dead", "babbling", "deaf"])
+def useless(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A server of which nothing is to be had."""
+    if request.param == "dead":
+        yield f"127.0.0.1:{free_port()}"
+        return
     with socketserver.TCPServer(("127.0.0.1", 0), Babble) as stranger:
-        threading.Thread(target=stranger.serve_forever, args=(0.01,)).start()
-        try:
-            repository = via(database, f"127.0.0.1:{stranger.server_address[1]}", f"127.0.0.1:{database.server.port}")
-            assert count(repository, event("anna", 3)) == [3]
-        finally:
+        if request.param == "babbling":
+            threading.Thread(target=stranger.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"127.0.0.1:{stranger.server_address[1]}"
+        if request.param == "babbling":
             stranger.shutdown()
 
 
-def test_a_deaf_server_is_passed_over(database: Database) -> None:
-    with socketserver.TCPServer(("127.0.0.1", 0), Babble) as deaf:  # nobody serves it
-        repository = via(database, f"127.0.0.1:{deaf.server_address[1]}", f"127.0.0.1:{database.server.port}")
-        assert count(repository, event("anna", 3)) == [3]
+def test_a_server_of_which_nothing_is_to_be_had_is_passed_over(database: Database, useless: str) -> None:
+    assert count(via(database, useless, f"127.0.0.1:{database.server.port}"), event("anna", 3)) == [3]
 
 
-def test_the_next_server_is_tried_when_one_fails(database: Database) -> None:
-    doors = [Door(database.server.host, database.server.port) for _ in range(2)]
-    repository = via(database, *(f"127.0.0.1:{door.port}" for door in doors))
+def test_the_next_server_is_tried_when_one_fails(database: Database, doors: list[Door]) -> None:
+    repository = via(database, *doors)
     assert count(repository, event("anna", 3)) == [3]
-    assert [len(door.passing) > 0 for door in doors] == [True, False]
+    assert was_used(*doors) == [True, False]
     doors[0].shut()
     assert count(repository, event("anna", 4)) == [7]
-    assert [len(door.passing) > 0 for door in doors] == [True, True]
-    doors[1].shut()
+    assert was_used(*doors) == [True, True]
 
 
-def test_the_next_server_is_taken_when_one_answers_but_does_not_work(database: Database) -> None:
-    doors = [Door(database.server.host, database.server.port) for _ in range(2)]
-    repository = via(database, *(f"127.0.0.1:{door.port}" for door in doors))
+def test_the_next_server_is_taken_when_one_answers_but_does_not_work(database: Database, doors: list[Door]) -> None:
+    repository = via(database, *doors)
     with global_variable(database, "read_only", 1):
         assert "1290" in unavailable(repository.insert, [event("anna")], soon())
-    assert [len(door.passing) > 0 for door in doors] == [True, False]
+    assert was_used(*doors) == [True, False]
     assert count(repository, event("anna", 4)) == [4]
-    assert [len(door.passing) > 0 for door in doors] == [True, True]
-    for door in doors:
-        door.shut()
+    assert was_used(*doors) == [True, True]
 
 
-def test_every_server_that_failed_is_named(database: Database) -> None:
-    message = unavailable(via(database, f"127.0.0.1:{free_port()}", "/no/such/socket").check, soon())
-    assert "127.0.0.1: " in message
-    assert "/no/such/socket: " in message
+def test_a_name_that_is_not_found_any_more_keeps_its_address(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = via(database, f"localhost:{database.server.port}")
+
+    look_up = socket.getaddrinfo
+
+    def fail(host: str, *arguments: object, **options: object) -> object:
+        if not host[0].isdigit():
+            raise socket.gaierror(-3, "Temporary failure in name resolution")
+        return look_up(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    repository.resolve()
+    assert count(repository, event("anna", 3)) == [3]
+    unknown = open_repository(read_settings(**database.settings() | {"dbhost": "db.example.org"}))
+    unknown.resolve()
+    assert "db.example.org: [Errno -3] Temporary failure in name resolution" in unavailable(unknown.check, soon())
 
 
 def test_a_unix_socket_may_lead_to_the_server(database: Database) -> None:
@@ -316,28 +363,13 @@ def test_a_connection_that_the_server_closed_is_replaced_without_an_outage(datab
     assert sums(repository, [event("anna", 4)]) == [7]
 
 
-def test_after_one_closed_connection_no_other_is_tried(database: Database) -> None:
-    """They have all been closed: what is tried instead is a new one."""
-    repository = maria_repository(database)
-    repository.check(soon())
-    with ThreadPoolExecutor(2) as threads:
-        with table_locked(database):
-            inserts = [threads.submit(repository.insert, [event("anna", n)], soon()) for n in (1, 2)]
-            wait_until(lambda: len(sessions(database)) == 2, "both have a connection")
-        assert [insert.result() for insert in inserts] == [set(), set()]
-    kill_sessions(database)
-    assert count(repository, event("anna", 4)) == [7]
-
-
-def test_a_statement_may_take_longer_than_a_connect(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("policyd.CONNECT_TIMEOUT_S", 0.5)
-    monkeypatch.setattr("policyd.STATEMENT_TIMEOUT_S", 30)
+def test_a_statement_may_take_longer_than_a_connect(database: Database) -> None:
     repository = maria_repository(database)
     repository.check(soon())
     with ThreadPoolExecutor(1) as thread:
         with table_locked(database):
             done = thread.submit(repository.insert, [event("anna", 1)], soon())
-            wait_until(lambda: done.done() or any(ms > 700 for _, info, ms in sessions(database) if info), "it waits")
+            wait_until(lambda: done.done() or any(ms > 1200 for _, info, ms in sessions(database) if info), "it waits")
         assert done.result() == set()
 
 
@@ -352,7 +384,6 @@ def test_a_lost_race_against_another_transaction_is_run_again(database: Database
     with clock_stopped(database, "2026-03-04 05:06:07.123"), ThreadPoolExecutor(1) as thread:
         repository = maria_repository(database)
         repository.check(soon())
-        deadlocks = database.query("SHOW GLOBAL STATUS LIKE 'Innodb_deadlocks'")
         with session(database) as cursor:
 
             def add(login: str) -> None:
@@ -369,126 +400,77 @@ def test_a_lost_race_against_another_transaction_is_run_again(database: Database
                 lambda: database.query("SELECT 1 FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"),
                 "policyd waits for our lock",
             )
-            add("anna")  # and we for policyd's: one of us must give up
+            add("anna")  # and we for policyd's: one must give up, and it is not the one that this raises for
             cursor.execute("COMMIT")
         assert inserted.result() == set()
-        assert database.query("SHOW GLOBAL STATUS LIKE 'Innodb_deadlocks'") > deadlocks
         assert sums(repository, [event("anna"), event("bert")]) == [11, 12]
 
 
-def test_how_often_an_error_is_worth_a_retry() -> None:
-    import pymysql
-
-    for code in (1213, 1205, 1020):
-        assert retries(pymysql.OperationalError(code, "")) == 5, code
-    for code in (2006, 2013):
-        assert retries(pymysql.OperationalError(code, "")) == 1, code
-    assert retries(pymysql.InterfaceError(0, "")) == 1
-    for code in (1047, 1290, 1142, 1045, 1040, 1146, 1969, 1044):
-        assert retries(pymysql.OperationalError(code, "")) == 0, code
+@contextlib.contextmanager
+def row_locked(database: Database, login: str) -> Iterator[None]:
+    """Keep everybody else from the row that the next message of this login adds to."""
+    now = "2026-03-04 05:06:07.123"
+    with clock_stopped(database, now), session(database) as cursor:
+        cursor.execute("INSERT INTO events VALUES (%s, %s, 's@example.org', '192.0.2.1', 1)", (now, login))
+        yield
+        cursor.execute("ROLLBACK")
 
 
-def test_a_time_out_is_not_retried(mariadb: MariaDB) -> None:
-    """The server may be at work on the statement still: once more would be twice."""
-    import pymysql
-
-    connection = pymysql.connect(unix_socket=mariadb.socket, user="root", read_timeout=0.05, ssl_disabled=True)
-    with connection.cursor() as cursor, pytest.raises(pymysql.OperationalError) as error:
-        cursor.execute("SELECT SLEEP(1)")
-    assert error.value.args[0] == 2013
-    assert retries(error.value) == 0
+def test_a_lock_that_is_not_had_in_time_is_an_outage_and_not_tried_again(database: Database) -> None:
+    """The statement may come to its end all the same; tried again, its recipients would be there twice."""
+    store = MariaStore(database)
+    inserts = "SHOW GLOBAL STATUS LIKE 'Innodb_row_lock_waits'"
+    with global_variable(database, "innodb_lock_wait_timeout", 1), row_locked(database, "anna"):
+        repository = maria_repository(database)
+        repository.check(soon())
+        before = int(database.query(inserts)[0][1])
+        assert "1205" in unavailable(repository.insert, [event("anna", 100)], soon())
+        assert int(database.query(inserts)[0][1]) == before + 1
+    assert total(store) == 0
+    assert count(repository, event("anna", 1)) == [1]
 
 
 # --- errors that are outages ---
 
 
-def test_a_frozen_server_is_an_outage_by_the_deadline_and_doubles_nothing(
-    mariadb: MariaDB, database: Database
-) -> None:
-    repository = maria_repository(database)
-    assert count(repository, event("anna", 1)) == [1]
-    mariadb.freeze()
-    began = time.monotonic()
-    unavailable(repository.insert, [event("anna", 100)], began + 0.5)
-    assert time.monotonic() - began < 10  # a retry without a deadline would wait for ever
-    unavailable(repository.check, time.monotonic() + 0.5)
-    mariadb.thaw()
-    wait_until(lambda: not sessions(database), "the server has noticed that we are gone")
-    # What was on its way when we gave up may have been written, once.
-    assert count(repository, event("anna", 1)) in ([2], [102])
-
-
-def test_a_slow_statement_is_ended_by_the_server(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that it does not write a row long after everybody has an answer."""
-    monkeypatch.setattr("policyd.STATEMENT_TIMEOUT_S", 0.05)
+def test_an_insert_is_ended_by_the_server_before_we_stop_waiting_for_it(database: Database) -> None:
+    """So that no late row comes in beside its journaled copy, however little time a batch has left."""
+    store = MariaStore(database)
     repository = maria_repository(database)
     repository.check(soon())
+    patience_s = 2.8 if database.server.is_mysql else 1  # on MySQL the limit is that of the session
     with table_locked(database):
-        assert "1969" in unavailable(repository.insert, [event("anna", 100)], soon())
-        assert "1969" in unavailable(repository.sum_recipients, [event("anna", 100)], WHOLE, soon())
+        assert ENDED.match(unavailable(repository.insert, [event("anna", 100)], time.monotonic() + patience_s))
+        assert ENDED.match(unavailable(repository.usages, [event("anna", 100)], Settings(), soon()))
+        wait_until(lambda: not any(info for _, info, _ in sessions(database)), "nobody is at work")
+    assert total(store) == 0
     assert count(repository, event("anna", 1)) == [1]
 
 
 @pytest.mark.parametrize("name", ["purge", "init"])
-def test_housekeeping_may_take_its_time(database: Database, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("policyd.STATEMENT_TIMEOUT_S", 0.05)
+def test_housekeeping_may_take_its_time(database: Database, name: str) -> None:
     repository = maria_repository(database)
-    work: Callable[[], object] = {"purge": lambda: repository.purge(7), "init": repository.init}[name]
+    work: Callable[[], object] = {"purge": lambda: sum(repository.purge(7)), "init": repository.init}[name]
     with ThreadPoolExecutor(1) as thread:
         with table_locked(database):
             done = thread.submit(work)
-            wait_until(lambda: any(ms > 300 for _, info, ms in sessions(database) if info), "it waits for the lock")
+            wait_until(lambda: any(ms > 2500 for _, info, ms in sessions(database) if info), "it waits for the lock")
         done.result(30)
 
 
-def test_a_read_only_server_is_an_outage(database: Database) -> None:
-    repository = maria_repository(database)
-    with global_variable(database, "read_only", 1):
-        assert "1290" in unavailable(repository.insert, [event("anna", 1)], soon())
-        assert "1290" in unavailable(repository.check, soon())
-    assert count(repository, event("anna", 1)) == [1]
-
-
-def test_a_dropped_table_is_an_outage_until_it_is_back(database: Database) -> None:
+def test_a_dropped_index_is_no_outage(database: Database) -> None:
     repository = maria_repository(database)
     assert count(repository, event("anna", 1)) == [1]
-    database.query("DROP TABLE events")
-    assert "1146" in unavailable(repository.insert, [event("anna", 1)], soon())
-    assert "1146" in unavailable(repository.sum_recipients, [event("anna", 1)], WHOLE, soon())
-    assert "there is no table events" in unavailable(repository.check, soon())
-    database.query(OLD_SCHEMA)  # with the other columns
-    repository.check(soon())
-    assert count(repository, event("longlogin1", 1), event("longlogin2", 1)) == [1, 2]
-
-
-def test_a_dropped_index_is_an_outage_until_the_table_is_looked_at(database: Database) -> None:
-    repository = maria_repository(database)
-    assert count(repository, event("anna", 1)) == [1]
+    assert repository.has_index()
     database.query("ALTER TABLE events DROP KEY login_ts")
-    unavailable(repository.sum_recipients, [event("anna", 1)], WHOLE, soon())
-    repository.check(soon())
     assert count(repository, event("anna", 1)) == [2]
-
-
-def test_a_wrong_password_is_an_outage(database: Database) -> None:
-    assert "1045" in unavailable(maria_repository(database, dbpass="wrong").insert, [event("anna", 1)], soon())
+    assert not repository.has_index()
 
 
 @pytest.mark.parametrize("right", ["INSERT", "SELECT", "UPDATE"])
 def test_a_right_that_is_missing_is_an_outage(database: Database, right: str) -> None:
     database.query(f"REVOKE {right} ON {database.name}.* FROM '{database.server.user}'@'127.0.0.1'")
     assert re.search("114[23]", unavailable(count, maria_repository(database), event("anna", 1)))
-
-
-def test_a_connection_in_which_something_failed_is_not_used_again(database: Database) -> None:
-    """The next one may lead to a server that is well."""
-    repository = maria_repository(database)
-    count(repository, event("anna", 1))
-    before = {number for number, _, _ in sessions(database)}
-    with global_variable(database, "read_only", 1):
-        unavailable(repository.insert, [event("anna", 1)], soon())
-    count(repository, event("anna", 1))
-    assert before.isdisjoint(number for number, _, _ in sessions(database))
 
 
 # --- the command ---
@@ -500,18 +482,3 @@ def test_the_daemon_tells_of_a_missing_index_when_it_starts(
     line = policyd(**old_database.settings()).wait_for_log("NO index on (sasl_username, ts)")
     assert line.level == "warning"
     assert "run policyd --init-db" in line.text
-
-
-def test_init_db_and_check_on_the_command_line(empty_database: Database, tmp_path: Path) -> None:
-    file = tmp_path / "policyd.cfg"
-    file.write_text("".join(f"{key}={value}\n" for key, value in empty_database.settings().items()))
-    failed = run_policyd("--check", "-c", str(file))
-    assert failed.returncode == 1
-    assert "policyd --init-db" in failed.stderr
-    done = run_policyd("--init-db", "-c", str(file))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"created table events of MariaDB database {empty_database.name}\n"
-    checked = run_policyd("--check", "-c", str(file))
-    assert (checked.returncode, checked.stderr) == (0, "")
-    assert "events can be counted" in checked.stdout
-

@@ -2,59 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 import smtplib
 import socket
 import socketserver
 import threading
 from collections.abc import Iterator
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import pytest
-from servers import Policyd, Postfix, wait_until
+from asking import ask, complaints, send, submit, wait_for_delivery
+from servers import DUNNO, Policyd, Postfix, free_port, wait_until
+from stores import SQLiteStore
 
 QUOTA = 3
 Start = Callable[..., Policyd]
-
-_numbers = itertools.count(1)
-
-
-class Outcome(NamedTuple):
-    """What the client was told about its message."""
-
-    code: int
-    reply: str
-    subject: str
-
-    @property
-    def queue_id(self) -> str:
-        """The id Postfix gave to a message it took."""
-        match = re.search(r"queued as (\w+)", self.reply)
-        assert match, self
-        return match[1]
-
-
-def send(session: smtplib.SMTP, sender: str = "alice@example.org", recipients: int = 1) -> Outcome:
-    """Send one message in a session and return what became of it."""
-    subject = f"message {next(_numbers)} of the tests"
-    session.mail(sender)
-    for number in range(recipients):
-        assert session.rcpt(f"rcpt{number}@example.net")[0] == 250
-    code, reply = session.data(f"From: <{sender}>\r\nSubject: {subject}\r\n\r\nHello\r\n")
-    return Outcome(code, reply.decode(), subject)
-
-
-def submit(postfix: Postfix, port: int | None = None, recipients: int = 1) -> Outcome:
-    """Send one message in a session of its own."""
-    with postfix.session(port) as session:
-        return send(session, recipients=recipients)
-
-
-def wait_for_delivery(postfix: Postfix, outcome: Outcome) -> None:
-    """Wait until a message has arrived at its recipient's."""
-    assert outcome.code == 250, outcome
-    wait_until(lambda: any(outcome.subject in text for text in postfix.delivered()), f"{outcome} is delivered")
 
 
 @pytest.fixture
@@ -204,3 +165,105 @@ def test_postfix_asks_over_a_unix_socket(postfix: Postfix, policyd: Start) -> No
     daemon.wait_for_log("Updating db: alice/alice@example.org/127.0.0.1/1/1")
     outcome = submit(postfix, postfix.socket_port, recipients=QUOTA)
     assert postfix.queue_name(outcome.queue_id) == "hold"
+
+
+# ---- doors of another kind --------------------------------------------------------------------------
+
+# One that hands all mail to a filter before it is queued: another smtpd, as it stands behind many a content filter.
+# And one that believes its clients where they come from, on a host that has IPv6 only.
+OTHER_DOORS = """
+127.0.0.1:{proxied_port} inet n - n - - smtpd
+  -o smtpd_proxy_filter=127.0.0.1:{filter_port}
+  -o {{ smtpd_end_of_data_restrictions = check_policy_service {{ {tcp}, timeout=10s, default_action=DUNNO }} }}
+127.0.0.1:{filter_port} inet n - n - - smtpd
+  -o smtpd_sasl_auth_enable=no
+  -o mynetworks=127.0.0.1 -o {{ smtpd_relay_restrictions = permit_mynetworks, reject }}
+[::1]:{ipv6_port} inet n - n - - smtpd
+  -o inet_protocols=ipv6 -o inet_interfaces=all
+  -o smtpd_authorized_xclient_hosts=[::1]
+  -o {{ smtpd_end_of_data_restrictions = check_policy_service {{ inet:[::1]:{policy_port}, timeout=10s }} }}
+"""
+
+
+class OtherPostfix(Postfix):
+    """A Postfix with these doors, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proxied_port, self.filter_port, self.ipv6_port = (free_port() for _ in range(3))
+
+    def _write_configuration(self) -> None:
+        super()._write_configuration()
+        main, master = (self.directory / "etc" / name for name in ("main.cf", "master.cf"))
+        main.write_text(main.read_text().replace("inet_protocols = ipv4", "inet_protocols = all"))
+        doors = OTHER_DOORS.format(tcp=f"inet:127.0.0.1:{self.policy_port}", **vars(self))
+        master.write_text(master.read_text() + doors)
+
+
+@pytest.fixture(scope="module")
+def other_postfix() -> Iterator[OtherPostfix]:
+    server = OtherPostfix()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.mark.postfix
+def test_where_postfix_cannot_hold_mail_it_is_refused(other_postfix: OtherPostfix, policyd: Start) -> None:
+    """Behind smtpd_proxy_filter HOLD does nothing: a thief would be served.  Whoever runs it is told where to ask."""
+    postfix = other_postfix
+    daemon = policyd(port=postfix.policy_port, defaultquota=QUOTA, blacklist="boris")
+    wait_for_delivery(postfix, submit(postfix, postfix.proxied_port, recipients=QUOTA - 1))
+    for _ in range(2):
+        refused = submit(postfix, postfix.proxied_port)
+        assert (refused.code, "quota exceeded" in refused.reply) == (554, True)
+    refused = submit(postfix, postfix.proxied_port, login="boris")
+    assert (refused.code, "blacklisted" in refused.reply) == (554, True)
+    assert submit(postfix, recipients=1).code == 250, "held, where it can be"
+    assert len(postfix.delivered()) == QUOTA - 1
+    assert set(postfix.queue().values()) == {"hold"}
+    lines = [line.text for line in daemon.lines_so_far() if line.text.startswith(("REJECTING", "DEFERRING", "Holding"))]
+    who = "for user alice using alice@example.org from ip [127.0.0.1]"
+    assert lines[:3] == [
+        f"REJECTING overquota (3>3) {who}", f"REJECTING overquota (4>3) {who}",
+        "REJECTING blacklisted user: boris/alice@example.org/127.0.0.1/1",
+    ]  # fmt: skip
+    assert lines[3].startswith(f"DEFERRING overquota (5>3) {who}, queue_id=")
+    (warning,) = complaints(daemon)
+    assert "smtpd_proxy_filter" in warning
+    incidents = [what for _, _, what, count in SQLiteStore(daemon.statedir / "events.sqlite3").rows() if count is None]
+    assert incidents == ["REJECT overquota", "HOLD overquota"]
+    postfix.delete("ALL")
+
+
+@pytest.mark.parametrize("state", ["END-OF-MESSAGE", "DATA"])
+def test_a_message_without_a_queue_id_is_refused_and_warned_of_once_a_minute(policyd: Start, state: str) -> None:
+    """Any message with a login, held or not; one without a login, or at another state, is no sign of it."""
+    daemon = policyd(defaultquota=QUOTA, hold_message="ask us", reject_message="call us", mode="enforce")
+    assert ask(daemon, "", queue_id="", protocol_state=state) == (DUNNO, [])
+    assert complaints(daemon) == []
+    answers = [daemon.ask(sasl_username="anna", queue_id="", protocol_state=state) for _ in range(QUOTA)]
+    assert answers == [*[DUNNO] * (QUOTA - 1), "REJECT quota exceeded; call us"]
+    (warning,) = complaints(daemon)
+    assert "smtpd_proxy_filter" in warning
+
+
+@pytest.mark.postfix
+@pytest.mark.parametrize("client_address", ["::ffff:198.18.9.7", "64:ff9b::c612:907"])
+def test_with_ipv6_only_ipv4_clients_are_their_ipv4_address(
+    other_postfix: OtherPostfix, policyd: Start, client_address: str
+) -> None:
+    """On lists of IPv4 networks; asked over IPv6, as on a host without IPv4."""
+    daemon = policyd(bind="::1", port=other_postfix.policy_port, blacklist="198.18.0.0/15")
+    with smtplib.SMTP("::1", other_postfix.ipv6_port, timeout=60) as session:
+        session.ehlo("proxy.example.org")
+        assert session.docmd("XCLIENT", f"ADDR=IPV6:{client_address}")[0] == 220
+        session.ehlo("client.example.org")
+        session.login(other_postfix.login, other_postfix.password)
+        reply = send(session)
+    assert other_postfix.queue_name(reply.queue_id) == "hold"
+    line = daemon.wait_for_log("Holding blacklisted user: alice/alice@example.org/")
+    assert f"/{client_address}/1, queue_id={reply.queue_id}" in line.text
+    other_postfix.delete("ALL")

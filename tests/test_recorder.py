@@ -3,98 +3,35 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from recorders import (
-    PATIENCE_S,
-    FaultyRepository,
-    GatedRepository,
-    Waiter,
-    is_well,
-    recording,
-    shut,
-    written_by_another,
-)
+from recorders import PATIENCE_S, BreakableRepository, ByHand, GatedRepository, Waiter, is_well, recording, shut
 from servers import Database, wait_until
-from stores import KeptLog, SQLiteStore, event, maria_repository
+from stores import Clock, KeptLog, MariaStore, SQLiteStore, event
 
-from policyd import (
-    BATCH_EVENTS,
-    DAY_S,
-    FIRST_PURGE_S,
-    RETRY_PURGE_S,
-    Event,
-    Journal,
-    Recorder,
-    SQLiteRepository,
-    purge_daily,
-)
+from policyd import BATCH_DEADLINE_S, BATCH_EVENTS, LEAST_LEFT_S, Event, Journal, Usage
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> SQLiteStore:
+def embedded(tmp_path: Path) -> SQLiteStore:
     """An embedded store."""
     return SQLiteStore(tmp_path / "events.sqlite3")
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    """Where the journal is."""
+    return tmp_path / "journal.sqlite3"
 
 
 # --- counting ---
 
 
-def test_whoever_records_gets_the_sum_with_his_own(store: SQLiteStore) -> None:
-    with recording(store.repository) as recorder:
-        assert Waiter(recorder, event("anna", 3)).sum() == 3
-        assert Waiter(recorder, event("bert", 5)).sum() == 5
-        assert Waiter(recorder, event("anna", 4)).sum() == 7
-    assert [row[3] for row in store.rows()] == [3, 5, 4]
-
-
-def test_events_of_many_threads_are_all_counted_once(store: SQLiteStore) -> None:
-    answers: list[int | None] = []
-
-    def send() -> None:
-        for _ in range(25):
-            answers.append(Waiter(recorder, event("anna")).sum())
-
-    with recording(store.repository) as recorder:
-        threads = [threading.Thread(target=send) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(PATIENCE_S)
-    assert sorted(answer or 0 for answer in answers) == list(range(1, 201))
-    assert len(store.rows()) == 200
-
-
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    batches=st.lists(
-        st.lists(st.builds(event, st.sampled_from(["anna", "bert", "carl"]), st.integers(1, 30)), max_size=30),
-        max_size=4,
-    )
-)
-def test_however_events_are_gathered_the_sums_run_up_in_order_of_arrival(
-    store: SQLiteStore, batches: list[list[Event]]
-) -> None:
-    store.clear()
-    gated = GatedRepository(store.repository)
-    waiters = []
-    with recording(gated) as recorder:
-        for batch in batches:
-            with shut(gated, recorder) as first:
-                waiters += [Waiter(recorder, each) for each in batch]
-            first.sum()
-    reached: dict[str, int] = {}
-    for waiter, each in zip(waiters, [each for batch in batches for each in batch]):
-        reached[each.sasl_username] = reached.get(each.sasl_username, 0) + each.recipient_count
-        assert waiter.answers == [reached[each.sasl_username]]
-
-
-def test_all_that_waits_is_committed_together_up_to_the_limit(store: SQLiteStore) -> None:
-    gated = GatedRepository(store.repository)
+def test_all_that_waits_is_committed_together_up_to_the_limit(embedded: SQLiteStore) -> None:
+    gated = GatedRepository(embedded.repository)
     with recording(gated) as recorder:
         with shut(gated, recorder):
             waiters = [Waiter(recorder, event("anna")) for _ in range(2 * BATCH_EVENTS + 88)]
@@ -105,154 +42,171 @@ def test_all_that_waits_is_committed_together_up_to_the_limit(store: SQLiteStore
 @pytest.mark.mariadb
 def test_one_refused_event_of_a_batch_is_answered_without_a_sum(database: Database, logged: KeptLog) -> None:
     database.query("ALTER TABLE events MODIFY recipient_count TINYINT")
-    gated = GatedRepository(maria_repository(database))
+    gated = GatedRepository(MariaStore(database).repository)
     with recording(gated) as recorder:
         with shut(gated, recorder):
-            counts = [1, 300, 2, 3, 300, 4]
-            waiters = [Waiter(recorder, event("anna", n, sender=str(at))) for at, n in enumerate(counts)]
+            waiters = [Waiter(recorder, event("anna", n)) for n in (1, 300, 2, 3, 300, 4)]
         assert [waiter.sum() for waiter in waiters] == [1, None, 3, 6, None, 10]
+        assert Waiter(recorder, event("anna", 300)).sum() is None  # also alone
         assert is_well(recorder)
-    assert len(logged.errors()) == 2
+    assert len(logged.errors()) == 3
 
 
-def test_an_event_that_is_refused_alone_is_answered(store: SQLiteStore) -> None:
-    class Refusing(GatedRepository):
-        def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
-            return set(range(len(events)))
-
-    with recording(Refusing(store.repository)) as recorder:
-        assert Waiter(recorder, event("anna")).sum() is None
-        assert is_well(recorder)
+# --- time ---
 
 
-def test_the_wait_of_the_batch_at_work_can_be_watched(store: SQLiteStore) -> None:
-    gated = GatedRepository(store.repository)
-    with recording(gated) as recorder:
-        assert recorder.longest_wait_s() == 0
-        with shut(gated, recorder) as first:
-            wait_until(lambda: recorder.longest_wait_s() > 0.05, "the wait grows")
-        first.sum()
+class Timed(BreakableRepository):
+    """A store that remembers the deadlines it was given, and takes its time."""
+
+    def __init__(self, path: str, clock: Clock) -> None:
+        super().__init__(path, clock)
+        self.takes_s = 0.0
+        self.deadlines: list[float] = []
+        self.clock = clock
+
+    def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
+        self.deadlines.append(deadline)
+        self.clock.now += self.takes_s
+        return super().insert(events, deadline, times)
+
+
+@pytest.fixture
+def timed(tmp_path: Path) -> Timed:
+    """A store that takes its time."""
+    return Timed(str(tmp_path / "events.sqlite3"), Clock())
+
+
+def test_the_deadline_of_a_batch_counts_from_the_arrival_of_its_oldest_event(timed: Timed, journal: Path) -> None:
+    """Also for those who wait behind a slow batch: nobody gets a second time as much."""
+    hand = ByHand(timed, journal, clock=timed.clock)
+    arrived = hand.clock.now
+    waiters = [Waiter(hand.recorder, event("anna"))]
+    hand.clock.now += 0.3
+    waiters.append(Waiter(hand.recorder, event("anna")))
+    hand.clock.now += 0.3
+    hand.turn()
+    late = hand.clock.now
+    waiters.append(Waiter(hand.recorder, event("bert")))
+    hand.clock.now += 2
+    hand.turn()
+    assert timed.deadlines == [pytest.approx(arrived + BATCH_DEADLINE_S), pytest.approx(late + BATCH_DEADLINE_S)]
+    assert [waiter.answers for waiter in waiters] == [[1], [2], [1]]
+
+
+def test_a_batch_that_has_waited_too_long_is_journaled_and_the_store_is_not_called_away(
+    timed: Timed, journal: Path, logged: KeptLog
+) -> None:
+    """An INSERT without time would be given up, and come in all the same, beside its journaled copy."""
+    hand = ByHand(timed, journal, clock=timed.clock)
+    assert hand.sums(event("anna", 1)) == [1]
+    timed.takes_s = 2.5
+    before = Waiter(hand.recorder, event("anna", 1))
+    hand.recorder.turn()  # takes too long for the next one, which has come meanwhile
+    behind = Waiter(hand.recorder, event("anna", 3))
+    hand.clock.now += BATCH_DEADLINE_S - LEAST_LEFT_S + 0.01
+    timed.takes_s = 0
+    hand.turn()
+    assert [before.answers, behind.answers] == [[2], [5]]
+    assert hand.recorder.down_s() is None
+    assert hand.journal.waiting == 0  # by now: it has been replayed at once
+    assert hand.sums(event("anna", 5)) == [10]
+    assert sum(each.recipient_count for _, _, each in timed.first(-1)) == 10
+    assert [line.partition(";")[0] for line in logged.errors()] == [
+        "ERROR while UPDATING db: the database is too slow: events have waited for more than 2 s",
+        "ERROR while UPDATING db: over after 0 s, 1 events replayed",
+    ]
+
+
+@pytest.mark.parametrize("where", ["in a batch", "behind a replay", "behind an answer"])
+def test_the_wait_of_the_event_that_waits_longest_can_be_watched(
+    embedded: SQLiteStore, journal: Path, where: str
+) -> None:
+    gated = GatedRepository(embedded.repository)
+    answering = threading.Event()
+    if where == "behind a replay":
+        Journal(str(journal)).insert([event("anna")])
+        gated.gate.clear()
+    with recording(gated, journal) as recorder:
+        if where == "behind a replay":
+            assert gated.waiting.wait(PATIENCE_S)
+        elif where == "in a batch":
+            gated.gate.clear()
+        else:
+            recorder.record(event("anna"), lambda usage: answering.wait(PATIENCE_S) and None)
+        waiter = Waiter(recorder, event("anna"))
+        wait_until(lambda: recorder.longest_wait_s() > 0.05, "the wait grows")
+        gated.gate.set()
+        answering.set()
+        waiter.sum()
         wait_until(lambda: recorder.longest_wait_s() == 0, "nobody waits")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dead_thread_is_a_wait_without_end_so_that_the_watchdog_restarts_us(tmp_path: Path) -> None:
-    class FaultyJournal(Journal):
-        def look(self) -> int:
-            raise ValueError("a fault of ours")
-
-    store = SQLiteRepository(str(tmp_path / "events.sqlite3"))
-    recorder = Recorder(store, FaultyJournal(str(tmp_path / "journal.sqlite3")), 1)
-    recorder.start()
-    try:
-        wait_until(lambda: recorder.longest_wait_s() == float("inf"), "the dead thread is noticed")
-    finally:
-        recorder.stop(0)
+# --- the end ---
 
 
-def test_the_end_commits_what_waits(store: SQLiteStore) -> None:
-    gated = GatedRepository(store.repository)
-    with recording(gated) as recorder:
-        with shut(gated, recorder) as first:
-            waiters = [first, *(Waiter(recorder, event("anna")) for _ in range(BATCH_EVENTS + 5))]
-            ending = threading.Thread(target=recorder.stop, args=(PATIENCE_S,))
-            ending.start()
-        ending.join(PATIENCE_S)
-        assert "recorder" not in {thread.name for thread in threading.enumerate()}
-        assert [waiter.answers for waiter in waiters] == [[1], *([n + 1] for n in range(BATCH_EVENTS + 5))]
-    assert len(store.rows()) == BATCH_EVENTS + 6
-
-
-def test_the_end_does_not_wait_for_ever(store: SQLiteStore) -> None:
-    gated = GatedRepository(store.repository)
+def test_the_end_does_not_wait_for_ever(embedded: SQLiteStore) -> None:
+    gated = GatedRepository(embedded.repository)
     with recording(gated) as recorder, shut(gated, recorder) as first:
         recorder.stop(0.05)
         assert first.answers == []
 
 
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_a_store_that_is_away_delays_the_end_not(
+    tmp_path: Path, journal: Path, logged: KeptLog, comes_back: bool
+) -> None:
+    """Nor does one that is found in this very moment."""
+    store = BreakableRepository(str(tmp_path / "events.sqlite3"))
+    store.broken = frozenset(("check",))
+    with recording(store, journal) as recorder:
+        assert Waiter(recorder, event("anna", 3)).sum() == 3
+        if comes_back:
+            store.broken = frozenset()
+        began = time.monotonic()
+        recorder.stop(PATIENCE_S)
+        assert time.monotonic() - began < PATIENCE_S / 2
+        assert not any(thread.is_alive() for thread in recorder.threads)
+    assert Journal(str(journal)).waiting + len(store.first(-1)) <= 1
+    looked = Journal(str(journal))
+    looked.look()
+    assert looked.waiting + len(store.first(-1)) == 1
+
+
 # --- faults of ours ---
 
 
-def test_a_fault_of_one_who_is_told_harms_no_other(store: SQLiteStore, logged: KeptLog) -> None:
-    def stumble(recipients: int | None) -> None:
-        raise ValueError("a fault of ours")
+def test_a_fault_of_one_who_is_told_harms_no_other(embedded: SQLiteStore, journal: Path, logged: KeptLog) -> None:
+    told: list[Usage | None] = []
 
-    gated = GatedRepository(store.repository)
-    with recording(gated) as recorder:
-        with shut(gated, recorder):
-            before = Waiter(recorder, event("anna"))
-            recorder.record(event("anna"), stumble)
-            after = Waiter(recorder, event("anna"))
-        assert [before.sum(), after.sum()] == [1, 3]
-        assert Waiter(recorder, event("anna")).sum() == 4
+    def stumble(usage: Usage | None) -> None:
+        told.append(usage)
+        if usage:
+            raise ValueError("a fault of ours")
+
+    hand = ByHand(embedded.repository, journal)
+    before = Waiter(hand.recorder, event("anna"))
+    hand.recorder.record(event("anna"), stumble)
+    after = Waiter(hand.recorder, event("anna"))
+    hand.turn()
+    assert [before.answers, after.answers] == [[1], [3]]
+    assert told[1:] == [None]  # so that the client has an answer
+    assert hand.sums(event("anna")) == [4]
     assert len(logged.errors()) == 1
     assert "a fault of ours" in logged.errors()[0]
 
 
-@pytest.mark.usefixtures("no_delay")
-@pytest.mark.parametrize("faulty", ["insert", "sum_recipients", "check"])
-def test_a_fault_in_the_store_leaves_nobody_without_an_answer(
-    store: SQLiteStore, logged: KeptLog, faulty: str
+@pytest.mark.parametrize("faulty", ["insert", "usages", "check"])
+def test_a_fault_in_the_store_leaves_nobody_without_an_answer_and_does_not_end_the_search(
+    tmp_path: Path, journal: Path, logged: KeptLog, faulty: str
 ) -> None:
-    repository = FaultyRepository(store.repository, faulty)
-    with recording(repository) as recorder:
-        assert [Waiter(recorder, event("anna")).sum() for _ in range(2)] == [1, 2]
-        repository.is_mended = True
-        wait_until(lambda: " over after " in logged.errors()[-1], "the outage ends")
-        assert Waiter(recorder, event("anna")).sum() == 3
-    assert repository.faults > 0
-    assert all("a fault of ours" in error for error in logged.errors()[:-1])
-    assert len(store.rows()) == 3
-
-
-@pytest.mark.usefixtures("no_delay")
-def test_a_fault_while_a_store_is_looked_for_does_not_end_the_search(
-    tmp_path: Path, store: SQLiteStore, logged: KeptLog
-) -> None:
-    repository = FaultyRepository(store.repository, "check")
-    repository.is_mended = True
-    with recording(repository) as recorder:
-        assert Waiter(recorder, event("anna")).sum() == 1
-        with written_by_another(tmp_path / "events.sqlite3"):
-            repository.is_mended = False
-            assert Waiter(recorder, event("anna")).sum() == 2
-            wait_until(lambda: repository.faults > 1, "it is looked for again and again")
-        repository.is_mended = True
-        wait_until(lambda: is_well(recorder), "the outage ends")
-        assert Waiter(recorder, event("anna")).sum() == 3
-
-
-# --- the daily purge ---
-
-
-class Days(threading.Event):
-    """The time until the daemon ends: so many waits, all of them over at once."""
-
-    def __init__(self, waits: int) -> None:
-        super().__init__()
-        self._left = waits
-        self.waited: list[float | None] = []
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self.waited.append(timeout)
-        self._left -= 1
-        return self._left < 0
-
-
-def test_old_events_are_purged_soon_after_the_start_and_then_every_day(store: SQLiteStore, logged: KeptLog) -> None:
-    store.add([("anna", "", "", 1)] * 3, age_s=3 * DAY_S + 60)
-    store.add([("anna", "", "", 2)], age_s=3 * DAY_S - 60)
-    days = Days(2)
-    purge_daily(store.repository, lambda: 3, days)
-    assert [row[3] for row in store.rows()] == [2]
-    assert days.waited == [FIRST_PURGE_S, DAY_S, DAY_S]
-    assert [line.text for line in logged.lines] == [
-        f"purged {number} events older than 3 days" for number in (3, 0)
-    ]
-
-
-def test_a_purge_that_fails_is_tried_again_within_the_day(tmp_path: Path, logged: KeptLog) -> None:
-    days = Days(1)
-    purge_daily(SQLiteRepository(str(tmp_path / "missing" / "events.sqlite3")), lambda: 7, days)
-    assert days.waited == [FIRST_PURGE_S, RETRY_PURGE_S]
-    assert [line.level for line in logged.lines] == ["warning"]
+    store = BreakableRepository(str(tmp_path / "events.sqlite3"))
+    store.fault, store.broken = ValueError, frozenset([faulty])
+    with recording(store, journal) as recorder:
+        assert [Waiter(recorder, event("anna")).sum() for _ in range(3)] == [1, 2, 3]
+        looks = store.checks
+        wait_until(lambda: store.checks > looks, "it is looked for again")
+        store.broken = frozenset()
+        wait_until(lambda: is_well(recorder) and " over after " in logged.errors()[-1], "it is found")
+        assert Waiter(recorder, event("anna")).sum() == 4
+    assert len(store.first(-1)) == 4
+    assert all(f"ValueError: {faulty} is broken" in error for error in logged.errors()[:-1])

@@ -1,164 +1,199 @@
-"""The tool behind the README's table: policyd's own rule, the attack on record, and people who move."""
+"""The tool behind the manual's figures: policyd's own rule, people who persist, and thieves as they are on record."""
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 import sys
-from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
 from statistics import mean
+from typing import Callable
 
 import pytest
+
+from policyd import DAY_S, HOUR_S, Event, Settings, SQLiteRepository, Watch, decide, place_of
+
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+
 import replay
-from servers import ROOT
+from replay import POPULATIONS, RULES, WARM_UP, Incident, Login, Person, Rule, Sent, World
 
-from policyd import DAY_S, DUNNO, HOLD, HOLD_HOUR, HOLD_NETWORKS, HOUR_S, NOBODY, REJECT, network_of, networks_of
+USUAL, _, WIDE, PESSIMISTIC = POPULATIONS
+SINCE = WARM_UP * DAY_S
 
-USERS = 150
+
+def places(addresses: Iterable[str]) -> set[str | None]:
+    """Return the places of these addresses."""
+    return set(map(place_of, addresses))
+
+
+def clients(sent: Iterable[Sent]) -> list[str]:
+    """Return the addresses that messages came from, each once."""
+    return list(dict.fromkeys(message.client_address for message in sent))
+
+
+# ---- the rule -------------------------------------------------------------------------------------------------------
+
+FORGIVE = (
+    "UPDATE {table} SET recipient_count = CASE WHEN recipient_count IS NULL THEN 0 ELSE -recipient_count END"
+    " WHERE {of_login} AND {since day} AND (recipient_count > 0 OR recipient_count IS NULL)"
+)
+
+
+def watched(sent: list[Sent], settings: Settings, phase: float, forgiven: Callable[[float], float]) -> list[Incident]:
+    """Return what Login.incidents() does, as policyd's own store and watch have it."""
+    now, found = float(SINCE), list[Incident]()
+    store = SQLiteRepository(":memory:", lambda: now)
+    watch = Watch(store, lambda: now)
+    events = [Event("anna", "", message.client_address, message.recipients) for message in sent]
+    first = sum(message.at < SINCE for message in sent)
+    store.insert([Event("berta", "", "192.0.2.1", 1)], 0, [(SINCE - 4 * DAY_S) * 1000])  # a table that remembers
+    store.insert(events[:first], 0, [int(message.at * 1000) for message in sent[:first]])
+    list(watch.sweep(settings, 0))
+    looks: list[tuple[float, Event | None]] = [(sent[n].at, events[n]) for n in range(first, len(sent))]
+    looks += [(tick, None) for tick in {math.ceil((at - phase) / 60) * 60 + phase for at, _ in looks}]  # sweeps
+    for at, event in sorted(looks, key=lambda look: look[0]):
+        if found and now < found[-1].forgiven <= at:
+            now = found[-1].forgiven
+            store.ask(FORGIVE, {"login": "anna", "day": DAY_S})
+        now, verdicts = at, []
+        if event:
+            store.insert([event], 0)
+            usages = watch.look([event], store.usages([event], settings, 0), settings, 0)
+            verdicts = [decide(usage, settings.limits_of("anna")) for usage in usages]
+        else:
+            verdicts = [verdict for _, verdict, _ in watch.sweep(settings, 60)]
+        for verdict in verdicts:
+            if verdict.action != "DUNNO" and not any(incident.holds(at) for incident in found):
+                found.append(Incident(at, verdict.rule, forgiven(at)))
+                store.insert([Event("anna", "", verdict.incident, None)] if event else [], 0)
+    store.close()
+    return found
+
+
+@pytest.mark.parametrize("population", [USUAL, PESSIMISTIC])
+def test_it_holds_whom_policyds_own_store_and_watch_hold(
+    population: replay.Population, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With limits so strict that people are held by all rules; forgiven or not, and held again."""
+    world, rules = World(2, population), set[str]()
+    limits = {"max_places": 2, "new_place_quota": 30, "hourquota": 150, "defaultquota": 300}
+    settings = Settings(early_signs="yes", keep_days=7, trusted_network=world.trusted, **limits)
+    rule = Rule("strict", 7, settings.limits_of("anna"))
+    monkeypatch.setattr(replay, "RULES", [rule])
+    for n in range(42):
+        person, dice = Person(world, n, WARM_UP + 3), random.Random(n)
+        stolen = list(replay.thieves(dice, SINCE + 100.0).values())[n % 7][:150] if n % 4 else []
+        forgiven = [replay.forgiven_by_a_human, lambda at: at + 5e3, replay.never_forgiven][n % 3]
+        sent = sorted([*person.sent, *stolen])
+        found = Login(sent, world, SINCE, 17.0).incidents(rule, forgiven)
+        assert found == watched(sent, settings, 17.0, forgiven)
+        rules.update(incident.rule for incident in found)
+    assert rules == {"places", "newplace", "hourquota", "overquota"}
+
+
+# ---- what is printed ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def day() -> replay.Day:
-    """A small day."""
-    return replay.replay(seed=3, users=USERS)
+def notes() -> replay.Notes:
+    """What becomes of a few people and of many thieves."""
+    return replay.replay(USUAL, 5, 15, 7, 15)
 
 
-def outcome(day: replay.Day, max_networks: int, hourquota: int) -> replay.Outcome:
-    """Return what one rule did."""
-    rule = max_networks, hourquota
-    return next(each for each in day.outcomes if (each.rule.max_networks, each.rule.hourquota) == rule)
+@pytest.mark.parametrize(
+    ("kind", "rule", "fewest", "most"),  # recipients before the hold, as the rules' own figures have it
+    [
+        ("fast botnet", 0, 700, 1500),
+        ("fast botnet", -1, 5 * 8, 12 * 10),
+        ("slow botnet", 1, 448, 5 * 448),
+        ("slow botnet", -1, 15, 5 * 40),
+        ("one address, 1 at a time", -1, 60, 99),
+        ("one address, 50 at a time", -1, 100, 200),
+        ("one address, 370 at a time", -1, 370, 4 * 370),
+        ("five places, 99 an hour", -1, 50, 1500),
+    ],
+)
+def test_a_thief_gets_what_the_rule_leaves(notes: replay.Notes, kind: str, rule: int, fewest: int, most: int) -> None:
+    """But for a few: the login's owner sends too, and may be where the thief is."""
+    leaked = sorted(recipients for recipients, *_ in notes["leaked", kind, RULES[rule].name, RULES[rule].keep_days])
+    assert len(leaked) == 15
+    assert fewest <= leaked[1]
+    assert leaked[-3] <= most
 
 
-def phished(day: replay.Day, max_networks: int, hourquota: int) -> set[str]:
-    """Return what the phished logins were first held for."""
-    found = outcome(day, max_networks, hourquota)
-    return {found.decisions[login] for login in replay.PHISHED}
+def test_a_slow_botnet_that_nobody_sees_to_is_stopped_day_after_day(notes: replay.Notes) -> None:
+    """The incident ends after 24 h, but what was sent meanwhile makes no place known: the next sweep finds it again."""
+    for _, before, in_a_week, is_unseen in notes["leaked", "slow botnet", RULES[-1].name, RULES[-1].keep_days]:
+        assert not is_unseen
+        assert before < in_a_week < before + 20
 
 
-def test_a_day_is_the_same_each_time_and_another_one_is_not(day: replay.Day) -> None:
-    again, another = replay.replay(3, USERS), replay.replay(4, USERS)
-    assert list(replay.table([again])) == list(replay.table([day]))
-    assert list(replay.table([another])) != list(replay.table([day]))
+def test_the_same_seed_gives_the_same_figures_and_another_one_does_not() -> None:
+    first, again, other = (replay.replay(USUAL, seed, 4, 7, 1) for seed in (5, 5, 6))
+    assert first == again != other
 
 
-@pytest.mark.parametrize("hourquota", [0, replay.HOUR_QUOTA])
-@pytest.mark.parametrize("max_networks", replay.MAX_NETWORKS)
-def test_the_attack_is_held_at_the_first_network_that_is_too_many(
-    day: replay.Day, max_networks: int, hourquota: int
-) -> None:
-    """Each message has 8 to 10 recipients, and most of the first ones a network of their own."""
-    assert phished(day, max_networks, hourquota) == {HOLD_NETWORKS}
-    for leaked in outcome(day, max_networks, hourquota).leaked.values():
-        assert 8 * max_networks <= leaked <= 10 * (2 * max_networks)
+def test_an_interval_tells_what_so_few_people_are_worth() -> None:
+    assert replay.mean([], 30) == "0 (0-0.10)"
+    figure, interval = replay.mean([1] * 25, 10).strip(")").split(" (")
+    low, high = map(float, interval.split("-"))
+    assert float(figure) == 2.5
+    assert 1.4 < low < 2 < 3 < high < 3.6  # twice the square root of 25
 
 
-def test_volume_alone_is_held_at_the_quota(day: replay.Day) -> None:
-    assert phished(day, 0, 0) == {HOLD}
-    assert phished(day, 0, replay.HOUR_QUOTA) == {HOLD_HOUR}
-    for hourquota, limit in [(0, 1500), (replay.HOUR_QUOTA, replay.HOUR_QUOTA)]:
-        for leaked in outcome(day, 0, hourquota).leaked.values():
-            assert limit - 10 <= leaked < limit
-
-
-def test_a_stricter_rule_leaks_no_more_and_holds_no_fewer(day: replay.Day) -> None:
-    for one in day.outcomes:
-        for other in day.outcomes:
-            networks, hours = ([rule.max_networks or 10**6, rule.hourquota or 10**6] for rule in (one.rule, other.rule))
-            if networks <= hours and all(mine <= theirs for mine, theirs in zip(networks, hours)):
-                assert all(one.leaked[login] <= other.leaked[login] for login in replay.PHISHED)
-                assert one.users >= other.users
-                assert one.messages >= other.messages
-
-
-def test_the_owner_of_a_list_is_held_for_the_hour_and_by_nothing_else(day: replay.Day) -> None:
-    owner = f"owner{USERS}"
-    for each in day.outcomes:
-        assert each.decisions.get(owner, DUNNO) == (HOLD_HOUR if each.rule.hourquota else DUNNO)
-
-
-def test_only_who_moves_is_held_for_networks(day: replay.Day) -> None:
-    held = {login.rstrip("0123456789") for login in outcome(day, 5, 0).users}
-    assert held <= {"field", "train", "roaming", "vpn", "laptop"}
-    assert len(outcome(day, 5, 0).users) < USERS / 10
-
-
-def test_the_rule_is_policyds_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If policyd refused everything, so would all rules here."""
-    monkeypatch.setattr("policyd.decide", lambda *_: REJECT)
-    for each in replay.replay(3, 20).outcomes:
-        assert set(each.decisions.values()) == {REJECT}
-        assert sum(each.leaked.values()) == 0
-
-
-# ---- what is assumed --------------------------------------------------------------------------------
-
-
-def test_the_attack_is_the_one_on_record() -> None:
-    """Two logins, 80 addresses, 9 or 10 recipients a message; 1500 of each login in two minutes, 3000 in four."""
-    attack = replay.attack(random.Random(1))
-    events = [message.event for message in attack]
-    assert Counter(event.sasl_username for event in events).keys() == set(replay.PHISHED)
-    assert len({event.client_address for event in events}) == 80
-    assert len({network_of(event.client_address, NOBODY) for event in events}) == 80
-    assert 9 < mean(event.recipient_count for event in events) < 9.6
-    for seconds, recipients in [(110, 1500), (230, 3000)]:
-        for login in replay.PHISHED:
-            sent = sum(
-                message.event.recipient_count
-                for message in attack
-                if message.event.sasl_username == login and message.at < attack[0].at + seconds
-            )
-            assert 0.75 * recipients < sent < 1.25 * recipients
-
-
-def test_the_attack_begins_in_any_minute_of_the_day() -> None:
-    begins = [replay.attack(random.Random(seed))[0].at for seed in range(200)]
-    assert all(begin % 60 == 0 for begin in begins)
-    assert min(begins) < 2 * HOUR_S
-    assert max(begins) > DAY_S - 2 * HOUR_S
-
-
-def test_people_send_as_people_do() -> None:
-    """Of 2000 a quarter behind one webmail address, 12 messages each; one sends 800 recipients from one address."""
-    messages = replay.honest_day(random.Random(1), replay.USERS)
-    by_login: dict[str, list[replay.Message]] = {}
-    for message in messages:
-        assert 0 <= message.at < DAY_S
-        by_login.setdefault(message.event.sasl_username, []).append(message)
-    assert replay.USERS * 0.95 < len(by_login) <= replay.USERS  # some send nothing that day
-    assert 10 < len(messages) / replay.USERS < 16
-    behind_webmail = {each.event.sasl_username for each in messages if each.event.client_address == "10.1.0.25"}
-    assert 450 < len(behind_webmail) <= 500
-    owner = [each.event for each in by_login[f"owner{replay.USERS}"]]
-    assert sum(event.recipient_count for event in owner) == 800
-    assert len({event.client_address for event in owner}) == 1
-    classes = {each.event.sasl_username for each in messages if each.event.recipient_count == replay.CLASS}
-    assert 20 < len(classes) < 70
-
-
-def test_a_phone_changes_networks_up_to_6_times_an_hour() -> None:
-    dice = random.Random(1)
-    world = replay.World(dice)
-    for _ in range(50):
-        since = replay.phone_of(dice, world, world.home(), [(8, 12)], slowest=12).since[1:-1]
-        assert min(later - earlier for earlier, later in zip(since, since[1:])) >= 600
-        assert len(since) >= 4 * 5
-
-
-def test_an_ipv6_home_changes_addresses_but_not_its_network() -> None:
-    dice = random.Random(2)
-    homes = [replay.World(dice).home() for _ in range(20)]
-    for home in homes:
-        addresses = {home() for _ in range(50)}
-        assert len(networks_of(addresses, NOBODY)) <= 2  # and that of its IPv4
-        assert len(addresses) == 1 or len(addresses) > 30
-
-
-def test_the_tool_prints_the_table_as_markdown() -> None:
-    tool = [sys.executable, str(ROOT / "tests" / "replay.py"), "--users", "40", "--days", "2", "--seed", "5"]
+def test_the_tool_prints_the_table_as_markdown_and_what_the_manual_quotes() -> None:
+    tool = [sys.executable, replay.__file__, "--quick", "--seed", "3"]
     printed = subprocess.run(tool, capture_output=True, text=True, check=True).stdout.splitlines()
     table = [line for line in printed if line.startswith("|")]
-    assert printed[0].startswith("Honest users: 40, ")
-    assert len(table) == 2 + 2 + 2 * len(replay.MAX_NETWORKS)
-    assert all(line.count("|") == 7 for line in table)
-    assert table[2].startswith("| off: quota 1500 alone | off | 29")
+    assert printed[0] == "Seeds 3 to 3, 40 people of each population, 7 days."
+    assert len(table) == 2 + len(RULES)
+    assert {line.count("|") for line in table} == {6 + len(POPULATIONS)}
+    quoted = [line[2:].split(":")[0] for line in printed if line.startswith("- ")]
+    assert quoted == [*(each.name for each in POPULATIONS), *replay.thieves(random.Random(1), 0)]
+
+
+# ---- what is assumed ------------------------------------------------------------------------------------------------
+
+
+def test_thieves_are_as_on_record() -> None:
+    some = [replay.thieves(random.Random(n), 0) for n in range(50)]
+    fast, slow = some[0]["fast botnet"], some[0]["slow botnet"]
+    assert 60 < fast[-1].at < 73  # 200 messages, three a second
+    assert 9 < mean(message.recipients for message in fast) < 9.6
+    assert 70 < len(clients(fast)) <= 80
+    assert 6.5 * DAY_S < slow[-1].at < 7.5 * DAY_S
+    assert 120 < len(clients(slow)) <= 132
+    assert all(300 <= later.at - earlier.at <= 2400 for earlier, later in zip(slow, slow[1:]))
+    assert 19 < mean(len(places(clients(stolen["fast botnet"])[:24])) for stolen in some) < 21
+
+
+def test_a_carrier_has_a_few_places_a_country_tens_and_each_vpn_exit_its_own() -> None:
+    for population, of_carrier, of_country in [(USUAL, 5, 40), (WIDE, 15, 80)]:
+        world = World(1, population)
+        assert {len(places(chain(*links))) for links in world.here.carriers} == {of_carrier}
+        assert of_country / 2 < len(places(chain(*world.here.spots))) <= of_country
+        assert len(places(chain(*world.exits))) == len(world.exits) == of_country
+
+
+def test_people_persist_and_write_as_people_do() -> None:
+    world, days = World(1, USUAL), WARM_UP + 28
+    people = [Person(world, n, days) for n in range(300)]
+    sent = [message for person in people for message in person.sent]
+    assert 6 < len(sent) / 300 / days < 13
+    assert all(0 <= message.at < days * DAY_S for message in sent)
+    assert replay.CLASS in {message.recipients for message in sent}
+    special = {"abroad", "train", "new", "back from leave", "monthly letter"}
+    assert {what for person in people for what in person.what.values()} == special
+    for person in people:
+        ways = [places(clients(m for m in person.sent if (m.at < SINCE) is early)) for early in (True, False)]
+        assert not all(ways) or ways[0] & ways[1]  # they are where they were last month
+
+
+def test_an_honest_user_is_forgiven_within_three_hours_by_day_and_by_ten_after_a_night() -> None:
+    for hour in range(24 * 7):
+        later = replay.forgiven_by_a_human(hour * HOUR_S) / HOUR_S - hour
+        assert 0.5 <= later <= 3 if 8 <= hour % 24 < 17 else 8 <= (hour + later) % 24 <= 10 and later <= 17

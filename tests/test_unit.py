@@ -40,7 +40,7 @@ def test_the_exposure_is_at_most_2() -> None:
 def test_systemd_finds_no_mistake(tmp_path: Path) -> None:
     unit = tmp_path / "policyd.service"
     # It also looks for the program, which is not installed here.
-    unit.write_text(UNIT.read_text().replace("ExecStart=/usr/local/bin/policyd", "ExecStart=/bin/sh"))
+    unit.write_text(UNIT.read_text().replace("=/usr/local/bin/policyd", "=/bin/sh"))
     result = analyze("verify", "--man=no", str(unit))
     # It reads the units around this one too; their faults are not ours.
     assert [line for line in result.stderr.splitlines() if "policyd" in line] == []
@@ -54,7 +54,6 @@ def test_systemd_finds_no_mistake(tmp_path: Path) -> None:
         "Group=policyd",
         "StateDirectory=policyd",
         "ExecStart=/usr/local/bin/policyd",
-        "ExecReload=/bin/kill -HUP $MAINPID",
         "Restart=always",
         "RestartSec=1",
         "RestartPreventExitStatus=78",
@@ -68,6 +67,41 @@ def test_systemd_finds_no_mistake(tmp_path: Path) -> None:
 def test_the_unit_says(line: str) -> None:
     key, _, value = line.partition("=")
     assert settings()[key] == [value]
+
+
+def test_a_reload_tries_the_settings_before_the_daemon_reads_them() -> None:
+    assert settings()["ExecReload"] == [
+        settings()["ExecStart"][0] + " --check-settings", "/bin/sh -c 'kill -HUP $MAINPID'"
+    ]  # fmt: skip
+
+
+def calls_of(group: str) -> set[str]:
+    """Return the system calls of one of systemd's groups."""
+    listed = analyze("syscall-filter", group)
+    assert listed.returncode == 0, listed
+    calls: set[str] = set()
+    for line in listed.stdout.splitlines():
+        name = line.strip()
+        if name.startswith("@") and name != group:
+            calls |= calls_of(name)
+        elif re.fullmatch(r"\w+", name):
+            calls.add(name)
+    return calls
+
+
+def test_on_stop_can_start_a_program_that_sends_mail_and_no_more() -> None:
+    """What Python and libc need for it: a child, all processors, pipes, TCP; and the lock of statedir."""
+    allowed: set[str] = set()
+    for value in settings()["SystemCallFilter"]:
+        for name in value.lstrip("~").split():
+            calls = calls_of(name) if name.startswith("@") else {name}
+            allowed = allowed - calls if value.startswith("~") else allowed | calls
+    needed = {"clone", "clone3", "vfork", "execve", "wait4", "waitid", "kill", "pipe2", "poll", "dup2", "setsid"}
+    needed |= {"rt_sigprocmask", "sched_setaffinity", "socket", "connect", "sendto", "recvfrom", "flock", "fcntl"}
+    assert needed <= allowed
+    assert not {"setuid", "setgroups", "chown", "mount", "ptrace", "setrlimit", "sched_setscheduler"} & allowed
+    assert not {"MemoryMax", "PrivateUsers", "NoExecPaths"} & settings().keys()
+    assert int(settings()["TasksMax"][0]) > 1000 + 64  # the most connections, the daemon's own threads, a child's
 
 
 def test_the_watchdog_leaves_more_time_than_policyd_lets_an_event_wait() -> None:

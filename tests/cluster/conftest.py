@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from galera import Cluster, Node
-from servers import ROOT, Database
+from servers import SCHEMA, Database
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 @pytest.fixture
 def database(cluster: Cluster) -> Iterator[Database]:
     """A fresh database in the whole cluster, with the table of scripts/schema.sql."""
-    new = cluster.nodes[0].new_database((ROOT / "scripts" / "schema.sql").read_text())
+    new = cluster.nodes[0].new_database(SCHEMA)
     yield new
     cluster.wait_until_whole()
     cluster.nodes[0].drop_database(new.name)

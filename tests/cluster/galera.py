@@ -49,6 +49,7 @@ class Node(MariaDB):
         if self.group:
             options = (
                 "--wsrep-on=ON", f"--wsrep-provider={PROVIDER}", f"--wsrep-cluster-address=gcomm://{self.group}",
+                "--loose-plugin-wsrep-provider=OFF",  # else 11.8 wants each option of the provider apart
                 "--binlog-format=ROW", "--innodb-autoinc-lock-mode=2", "--wsrep-sst-method=rsync",
                 f"--wsrep-node-address={self.host}", f"--wsrep-sst-receive-address={self._sst_address}",
                 f"--wsrep-provider-options=gmcast.listen_addr=tcp://{self.group_address};"

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Callable
 
 import pytest
+from daemons import BACK_S, BEGINS, CONNECTIONS, ENDS, Load, errors, send_at_once
 from galera import Cluster
-from servers import Database, Policyd, read_answer, request_bytes, wait_until
-from test_exactness import CONNECTIONS, send_at_once
+from servers import DUNNO, HOLD, REJECT, Database, Policyd, wait_until
 
-from policyd import DUNNO, HOLD, REJECT, REPLAY_SLICE
+from policyd import REPLAY_SLICE
 
 Start = Callable[..., Policyd]
 
-BEGINS = "ERROR while UPDATING db: "
-ENDS = "ERROR while UPDATING db: over after "
 NOT_PREPARED = 1047
-# What a cluster needs to notice that a node is gone (5 s), and policyd's longest pause between two looks (15 s).
-BACK_S = 60
 
 
 def relay(policyd: Start, cluster: Cluster, database: Database, *order: int, quota: int = 100_000) -> Policyd:
@@ -41,13 +35,13 @@ def sums(cluster: Cluster, database: Database, login: str = "alice") -> list[int
 
 def outages_begun(daemon: Policyd) -> list[str]:
     """Return what the daemon has logged about the beginnings of outages."""
-    return [line.text for line in daemon.log_lines() if line.text.startswith(BEGINS) and not line.text.startswith(ENDS)]
+    return [line.text for line in errors(daemon) if line.text.startswith(BEGINS) and not ENDS.match(line.text)]
 
 
 def is_over(daemon: Policyd) -> bool:
     """Tell whether the last outage, if there was one, has ended."""
-    errors = [line.text for line in daemon.log_lines() if line.level == "err"]
-    return not errors or errors[-1].startswith(ENDS)
+    lines = [line.text for line in errors(daemon)]
+    return not lines or ENDS.match(lines[-1]) is not None
 
 
 def is_not_prepared(cluster: Cluster, number: int) -> bool:
@@ -71,38 +65,6 @@ def cut_off(cluster: Cluster, *numbers: int) -> Iterator[None]:
     finally:
         for number in numbers:
             cluster.nodes[number].isolate(False)
-
-
-class Load:
-    """Clients that ask, each on a connection of its own, one message after the other."""
-
-    def __init__(self, daemons: list[Policyd], clients: int) -> None:
-        self.answers: list[str] = []
-        self._enough = threading.Event()
-        self._threads = ThreadPoolExecutor(len(daemons) * clients)
-        self._clients = [self._threads.submit(self._send, daemon) for daemon in daemons for _ in range(clients)]
-
-    def _send(self, daemon: Policyd) -> None:
-        with daemon.connect() as connection:
-            while not self._enough.is_set():
-                connection.sendall(request_bytes())
-                self.answers.append(read_answer(connection))
-
-    def wait_for_more(self, number: int) -> None:
-        """Wait for so many answers, or for a client that failed."""
-        goal = len(self.answers) + number
-        wait_until(
-            lambda: len(self.answers) >= goal or any(client.done() for client in self._clients), f"{number} answers"
-        )
-
-    def __enter__(self) -> Load:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._enough.set()
-        self._threads.shutdown()
-        for client in self._clients:
-            client.result()
 
 
 # --- a cluster in good health ---
@@ -162,7 +124,7 @@ def test_a_node_that_is_killed_under_load_costs_no_answer_and_no_count(
     relays = [relay(policyd, cluster, database, *order) for order in ((0, 1, 2), (1, 2, 0))]
     for daemon in relays:
         assert daemon.ask(sasl_username="phished", recipient_count=200_000) == REJECT
-    with Load(relays, clients) as load:
+    with Load(relays, clients, login="alice") as load:
         load.wait_for_more(200)
         cluster.nodes[0].kill()
         load.wait_for_more(200)
@@ -172,6 +134,7 @@ def test_a_node_that_is_killed_under_load_costs_no_answer_and_no_count(
         load.wait_for_more(200)
         cluster.wait_until_whole()
         load.wait_for_more(200)
+    load.assert_no_request_failed()
     wait_until(lambda: all(is_over(daemon) for daemon in relays), "no outage is left", BACK_S)
     counted = sums(cluster, database)
     assert len(set(counted)) == 1
@@ -191,37 +154,31 @@ def test_a_node_that_has_lost_the_others_is_passed_over(policyd: Start, cluster:
         wait_until(lambda: cluster.nodes[1].is_synced_with(2), "the others go on", BACK_S)
         late = relay(policyd, cluster, database, 0, 1, 2)
         for daemon in (early, late):
+            # With PyMySQL 1.0.2 the one that comes late does not even get to its first look at this node.
             assert daemon.ask(recipient_count=10) == DUNNO
-            assert f"({NOT_PREPARED}, " in daemon.wait_for_log(BEGINS).text
-            daemon.wait_for_log(ENDS, BACK_S)
+            wait_until(lambda daemon=daemon: is_over(daemon), "another node is used", BACK_S)
             assert daemon.ask(recipient_count=100) == DUNNO
+        assert f"({NOT_PREPARED}, " in outages_begun(early)[0]
     cluster.wait_until_whole()
     assert sums(cluster, database) == [221] * 3
 
 
-def test_a_cluster_without_a_quorum_is_an_outage_that_ends_by_itself(
-    policyd: Start, cluster: Cluster, database: Database
+@pytest.mark.parametrize("ending", ["no quorum", "all killed"])
+def test_without_the_cluster_the_quota_holds_and_in_the_end_all_is_there(
+    policyd: Start, cluster: Cluster, database: Database, ending: str
 ) -> None:
     daemon = relay(policyd, cluster, database, 0, 1, 2, quota=20)
     assert daemon.ask(recipient_count=10) == DUNNO
-    with cut_off(cluster, 0, 1):
-        wait_until(lambda: all(is_not_prepared(cluster, n) for n in range(3)), "all nodes know that they are alone")
-        assert [daemon.ask() for _ in range(12)] == [DUNNO] * 9 + [HOLD] * 3
-    daemon.wait_for_log(ENDS, BACK_S)
-    assert daemon.ask() == HOLD
-    daemon.wait_for_log("Updating db: alice/alice@example.org/192.0.2.1/1/23")
-    cluster.wait_until_whole()
-    assert sums(cluster, database) == [23] * 3
-
-
-def test_after_the_end_of_the_whole_cluster_all_is_there(policyd: Start, cluster: Cluster, database: Database) -> None:
-    daemon = relay(policyd, cluster, database, 1, 2, 0, quota=20)
-    assert daemon.ask(recipient_count=10) == DUNNO
     assert sums(cluster, database) == [10] * 3
-    for node in cluster.nodes:
-        node.kill()
-    assert [daemon.ask() for _ in range(12)] == [DUNNO] * 9 + [HOLD] * 3
-    cluster.bootstrap()
+    with cut_off(cluster, 0, 1) if ending == "no quorum" else contextlib.nullcontext():
+        if ending == "no quorum":
+            wait_until(lambda: all(is_not_prepared(cluster, n) for n in range(3)), "all know that they are alone")
+        else:
+            for node in cluster.nodes:
+                node.kill()
+        assert [daemon.ask() for _ in range(12)] == [DUNNO] * 9 + [HOLD] * 3
+    if ending == "all killed":
+        cluster.bootstrap()
     daemon.wait_for_log(ENDS, BACK_S)
     assert daemon.ask() == HOLD
     daemon.wait_for_log("Updating db: alice/alice@example.org/192.0.2.1/1/23")

@@ -1,0 +1,183 @@
+"""Ways to ask, and what comes of it: of a daemon, of its parts in this thread, or of the Postfix before it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import signal
+import smtplib
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from servers import LogLine, Policyd, Postfix, request_bytes, wait_until
+from stores import Clock, KeptLog, Store, read_settings
+
+from policyd import Event, Housekeeper, Journal, Policy, PolicyRequest, Recorder, Repository, Watch, parse_request
+
+_numbers = itertools.count(1)
+
+
+class Outcome(NamedTuple):
+    """What policyd answered, and the lines it logged about it."""
+
+    answer: str
+    lines: list[str]
+
+
+# --- a daemon ---
+
+
+def ask(daemon: Policyd, login: str, **attributes: object) -> Outcome:
+    """Ask about a message and return what became of it."""
+    before = len(daemon.lines_so_far())
+    answer = daemon.ask(**{"sasl_username": login, "queue_id": "4Xk1Zt", **attributes})
+    lines = daemon.lines_so_far()[before:]
+    expected = ("daemon", "info", "policyd", daemon.pid)
+    assert all((line.facility, line.level, line.tag, line.pid) == expected for line in lines), lines
+    return Outcome(answer, [line.text for line in lines])
+
+
+def reload(daemon: Policyd) -> list[str]:
+    """Send SIGHUP, wait until it has been acted upon, and return what systemd was told meanwhile."""
+    before = daemon.notifications
+    daemon.signal(signal.SIGHUP)
+    readies = sum("READY=1" in message for message in before)
+    daemon.wait_for_notification("READY=1", count=readies + 1)
+    return [message for message in daemon.notifications[len(before) :] if "WATCHDOG=1" not in message]
+
+
+def status(daemon: Policyd) -> LogLine:
+    """Return the status line of this moment."""
+    pattern = re.compile(r": \d+ requests: ")
+    before = sum(bool(pattern.search(message)) for message in daemon.syslog.messages())
+    daemon.signal(signal.SIGUSR1)
+    return daemon.wait_for_log(pattern, count=before + 1)
+
+
+def complaints(daemon: Policyd) -> list[str]:
+    """Return what has been logged above level info."""
+    return [line.text for line in daemon.lines_so_far() if line.level != "info"]
+
+
+# --- its parts in this thread ---
+
+
+def a_request(**attributes: object) -> PolicyRequest:
+    """Return a request as Postfix sends it."""
+    return parse_request(request_bytes(**{"queue_id": "4Xk1Zt", **attributes})[:-2])
+
+
+class Unrecorded:
+    """Stands where the recorder is; keeps what it should count."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def record(self, event: Event, on_usage: object) -> None:
+        self.events.append(event)
+
+
+class Relay:
+    """One relay without threads, in front of a store: what is asked has been counted when ask() returns.
+
+    `told` is what on_stop= would be told; `clock` is that of what is remembered and of the sweep.
+    """
+
+    def __init__(self, store: Store, logged: KeptLog, *lines: str, repository: Repository | None = None) -> None:
+        self.settings = read_settings(*lines)
+        self.clock = Clock()
+        self.told: list[dict[str, Any]] = []
+        self._logged = logged
+        self._repository = repository or store.another()
+        self._watch = Watch(self._repository, self.clock)
+        self._directory = tempfile.TemporaryDirectory()
+        journal = Journal(str(Path(self._directory.name, "journal.sqlite3")))
+        # Its deadlines are such that no machine is too busy for them.
+        self.recorder = Recorder(
+            self._repository, journal, self.settings, self._watch, lambda: time.monotonic() + 60
+        )
+        self.recorder.look_for_store()
+        self.policy = Policy(self.settings, self.recorder, self.told.append)
+        self._housekeeper = Housekeeper(
+            self._repository, self._watch, self.policy, lambda: self.recorder.down_s() is None, self.clock
+        )
+        self._logged.lines.clear()
+
+    def reload(self, *lines: str) -> None:
+        """Take other settings."""
+        self.settings = self.policy.settings = self.recorder.settings = read_settings(*lines)
+
+    def ask(self, login: str, peer: str = "127.0.0.1", **attributes: object) -> Outcome:
+        """Ask about a message and return what became of it."""
+        (outcome,) = self.ask_at_once([{"sasl_username": login, **attributes}], peer)
+        return outcome
+
+    def ask_at_once(self, messages: Sequence[dict[str, object]], peer: str = "127.0.0.1") -> list[Outcome]:
+        """Ask about messages that are counted as one batch; the lines are those of all."""
+        before = len(self._logged.lines)
+        answers: list[str] = []
+        for message in messages:
+            self.policy.answer(a_request(**message), peer, answers.append)
+        for _ in range(2):  # what is stopped has an incident to be recorded
+            self.recorder.turn()
+            self.recorder.tell_next()
+        assert len(answers) == len(messages)
+        lines = [line.text for line in self._logged.lines[before:]]
+        return [Outcome(answer, lines) for answer in answers]
+
+    def sweep(self, after_s: float = 61) -> list[str]:
+        """Sweep, so much later than before; return what is logged."""
+        self.clock.now += after_s
+        before = len(self._logged.lines)
+        self._housekeeper.sweep_if_due(self.clock())
+        return [line.text for line in self._logged.lines[before:]]
+
+
+def forgive(store: Store, login: str) -> None:
+    """Begin a login's count anew and end its incidents, with the statement of policyd-admin."""
+    ours = "sasl_username = %(login)s AND (recipient_count > 0 OR recipient_count IS NULL)"
+    statement = f"UPDATE {{table}} SET recipient_count = COALESCE(-recipient_count, 0), ts = ts WHERE {ours}"
+    store.another().ask(statement, {"login": login})
+
+
+# --- Postfix ---
+
+
+class Reply(NamedTuple):
+    """What the client was told about its message."""
+
+    code: int
+    reply: str
+    subject: str
+
+    @property
+    def queue_id(self) -> str:
+        """The id Postfix gave to a message it took."""
+        match = re.search(r"queued as (\w+)", self.reply)
+        assert match, self
+        return match[1]
+
+
+def send(session: smtplib.SMTP, sender: str = "alice@example.org", recipients: int = 1) -> Reply:
+    """Send one message in a session and return what became of it."""
+    subject = f"message {next(_numbers)} of the tests"
+    session.mail(sender)
+    for number in range(recipients):
+        assert session.rcpt(f"rcpt{number}@example.net")[0] == 250
+    code, reply = session.data(f"From: <{sender}>\r\nSubject: {subject}\r\n\r\nHello\r\n")
+    return Reply(code, reply.decode(), subject)
+
+
+def submit(postfix: Postfix, port: int | None = None, recipients: int = 1, login: bool | str = True) -> Reply:
+    """Send one message in a session of its own."""
+    with postfix.session(port, login) as session:
+        return send(session, recipients=recipients)
+
+
+def wait_for_delivery(postfix: Postfix, reply: Reply) -> None:
+    """Wait until a message has arrived at its recipient's."""
+    assert reply.code == 250, reply
+    wait_until(lambda: any(reply.subject in text for text in postfix.delivered()), f"{reply} is delivered")

@@ -1,0 +1,463 @@
+#!/usr/bin/env python3
+"""Soak policyd: an even load, faults of the database, the disk and the daemon at random, and a look at every message.
+
+usage: .venv/bin/python tests/tools/soak.py [--seed N] [--minutes 2] [--rate 150]
+
+As root, for what only real processes show: a private MariaDB; the daemon as another user, its statedir on a small tmpfs
+in a mount namespace of our own, so that rights and a full disk bite.  A process of its own sends messages at an even
+rate and does as Postfix does: one request at a time on each connection, 10 s for its answer, and when a connection
+fails, once more after a second.  Meanwhile each lane of FAULTS goes from one fault to the next as the seed decides, so
+that they overlap.  Then all is mended, and after a while and a restart every message is looked at:
+
+- lost may be only what was in memory when the daemon was killed, or what it says that it has forgotten;
+- doubled may be only what was sent twice, or while something was broken, and never more often than that;
+- nobody who was held may have been let through, but by a daemon that was started while something was broken;
+- an answer may be missing only if the daemon was away; and each message has the time at which it was sent.
+
+Exit status 1 if that is not so.  Needs what scripts/test.sh installs.  Loopback only; ends by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import heapq
+import os
+import pwd
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from servers import IN_PRIVATE_DEV, SCHEMA, Database, MariaDB, Policyd, request_bytes, wait_until  # noqa: E402
+from stores import sessions, table_locked  # noqa: E402
+
+CONNECTIONS, LOGINS = 16, 40
+ANSWER_TIMEOUT_S = 10  # the timeout of main.cf
+TRIES, TRY_AGAIN_S = 2, 1  # smtpd_policy_service_try_limit and _retry_delay
+CLOCK_S = 0.2  # by which the time of a row may differ from the load's
+LOOK_S = 0.2  # how often the log is looked at
+SETTLE_S = 120  # in which everything must have come to an end: the journal is looked at each minute
+SLICE = 500  # rows of a replay
+SEVERITY = {b"DUNNO": 0, b"HOLD quota exceeded": 1, b"REJECT max quota exceeded": 2}
+USER = pwd.getpwnam("nobody")
+AS_USER = ["setpriv", f"--reuid={USER.pw_uid}", f"--regid={USER.pw_gid}", "--clear-groups"]
+Span = tuple[float, float]
+
+
+# ---- the load, in a process of its own ------------------------------------------------------------
+
+
+class Message(NamedTuple):
+    """One message and what became of it; times in s since 1970."""
+
+    number: int
+    sent: float
+    answered: float | None
+    tries: int
+    severity: int
+    before: int  # the hardest answer that its login had been given when it was sent
+
+    @property
+    def login(self) -> str:
+        return f"u{self.number % LOGINS}"
+
+    @property
+    def sender(self) -> str:
+        return f"{self.number}@example.org"
+
+    @property
+    def recipients(self) -> int:
+        return 1 + self.number % 5
+
+    def touches(self, spans: Sequence[Span], before: float, after: float) -> bool:
+        """Tell whether it was on its way in one of these times, or so many seconds before it or after it."""
+        end = self.answered or self.sent + TRIES * (ANSWER_TIMEOUT_S + TRY_AGAIN_S)
+        return any(self.sent <= last + after and begin - before <= end for begin, last in spans)
+
+
+class Smtpd(threading.Thread):
+    """One connection, and every so-many-th message on it."""
+
+    def __init__(self, port: int, numbers: range, begin: float, rate: float, hardest: list[int]) -> None:
+        super().__init__(daemon=True)
+        self._port = port
+        self._numbers = numbers
+        self._begin = begin
+        self._rate = rate
+        self._hardest = hardest  # of each login, shared by all
+        self._connection: socket.socket | None = None
+        self.messages: list[Message] = []
+
+    def run(self) -> None:
+        for number in self._numbers:
+            time.sleep(max(0.0, self._begin + number / self._rate - time.time()))
+            before, sent = self._hardest[number % LOGINS], time.time()
+            message = Message(number, sent, None, 0, 0, before)
+            request = request_bytes(
+                sasl_username=message.login, sender=message.sender, recipient_count=message.recipients,
+                instance=f"soak.{number}", queue_id=f"{number:X}",
+            )  # fmt: skip
+            while message.answered is None and message.tries < TRIES:
+                if message.tries:
+                    time.sleep(TRY_AGAIN_S)
+                severity = self._ask(request)
+                answered = None if severity is None else time.time()
+                message = message._replace(tries=message.tries + 1, severity=severity or 0, answered=answered)
+            self._hardest[number % LOGINS] = max(self._hardest[number % LOGINS], message.severity)
+            self.messages.append(message)
+
+    def _ask(self, request: bytes) -> int | None:
+        """Return how hard the answer is, or None if there is none."""
+        try:
+            if not self._connection:
+                self._connection = socket.create_connection(("127.0.0.1", self._port), 1)
+                self._connection.settimeout(ANSWER_TIMEOUT_S)
+            self._connection.sendall(request)
+            return SEVERITY[self._connection.recv(4096)[len(b"action=") : -2]]
+        except (OSError, KeyError):
+            if self._connection:
+                self._connection.close()
+            self._connection = None
+            return None
+
+
+def send_load(port: int, rate: float, seconds: float) -> list[Message]:
+    """Send messages at an even rate; return what became of them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent
+    total, begin, hardest = int(rate * seconds), time.time(), [0] * LOGINS
+    smtpds = [Smtpd(port, range(n, total, CONNECTIONS), begin, rate, hardest) for n in range(CONNECTIONS)]
+    for smtpd in smtpds:
+        smtpd.start()
+    for smtpd in smtpds:
+        smtpd.join()
+    return [message for smtpd in smtpds for message in smtpd.messages]
+
+
+# ---- the faults -----------------------------------------------------------------------------------
+
+
+class Stage:
+    """What faults happen to."""
+
+    def __init__(self, database: Database, daemon: Policyd) -> None:
+        self.database, self.server, self.daemon = database, database.server, daemon
+        self.state = daemon.statedir
+        self.filler, self.aside = self.state.with_name("filler"), self.state.with_name("aside")
+        self.kills: list[float] = []
+        self.restarts: list[float] = []
+        self._repeats = contextlib.ExitStack()
+
+    def restart(self, is_killed: bool = False) -> None:
+        """End the daemon and start it again."""
+        began = time.time()
+        (self.kills if is_killed else self.restarts).append(began)
+        if is_killed:
+            self.daemon.kill()
+        else:
+            status = self.daemon.stop()
+            assert status == 0, f"policyd ended with status {status}"
+            assert time.time() - began < 7, f"policyd took {time.time() - began:.1f} s to end"
+        self.daemon.start()
+
+    def stutter(self) -> None:
+        """Let the database hang for a moment."""
+        self.server.freeze()
+        time.sleep(0.4)
+        self.server.thaw()
+
+    def cut(self) -> None:
+        """Cut the connections to the database."""
+        for number, *_ in sessions(self.database):
+            with contextlib.suppress(Exception):  # it has ended by itself
+                self.database.query(f"KILL {number}")
+
+    def allow(self, is_allowed: bool) -> None:
+        """Grant the rights to write, or revoke them."""
+        words = ("GRANT", "TO") if is_allowed else ("REVOKE", "FROM")
+        user = f"'{self.server.user}'@'127.0.0.1'"
+        self.database.query(f"{words[0]} INSERT, UPDATE ON {self.database.name}.* {words[1]} {user}")
+        self.cut()  # only new connections look at the rights on a database
+
+    def fill(self) -> None:
+        """Take what is left of the disk."""
+        with contextlib.suppress(OSError), self.filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def own(self, user: int, *directory: Path) -> None:
+        """Let the journal's files be somebody's, and the directory, too, if it is named."""
+        for path in (*directory, *self.state.glob("journal.sqlite3*")):
+            with contextlib.suppress(FileNotFoundError):
+                os.chown(path, user, user)
+
+    def hold(self, trouble: contextlib.AbstractContextManager[object]) -> None:
+        """Begin what lasts until the end of the fault."""
+        self._repeats.enter_context(trouble)
+
+    def let_go(self) -> None:
+        self._repeats.close()
+
+
+@contextlib.contextmanager
+def repeating(act: Callable[[], object], every_s: float) -> Iterator[None]:
+    """Do something again and again meanwhile."""
+    enough = threading.Event()
+
+    def run() -> None:
+        while not enough.wait(every_s):
+            act()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield
+    enough.set()
+    thread.join()
+
+
+Act = Callable[[Stage], object]
+RENAME = "ALTER TABLE events RENAME COLUMN {} TO {}"
+FAULTS: dict[str, dict[str, tuple[Act, Act]]] = {  # of each lane: how each begins, and how it is mended
+    "database": {
+        "killed": (lambda stage: stage.server.kill(), lambda stage: stage.server.start()),
+        "stopped": (lambda stage: stage.server.stop(), lambda stage: stage.server.start()),
+        "frozen": (lambda stage: stage.server.freeze(), lambda stage: stage.server.thaw()),
+        "slow": (lambda stage: stage.hold(repeating(stage.stutter, 0.03)), Stage.let_go),
+        "locked": (lambda stage: stage.hold(table_locked(stage.database)), Stage.let_go),
+        "cutting connections": (lambda stage: stage.hold(repeating(stage.cut, 0.2)), Stage.let_go),
+        "refusing us": (lambda stage: stage.allow(False), lambda stage: stage.allow(True)),
+        "without its table": (lambda stage: stage.database.query("RENAME TABLE events TO away"),
+                              lambda stage: stage.database.query("RENAME TABLE away TO events")),
+        "with another table": (lambda stage: stage.database.query(RENAME.format("sender", "sent_by")),
+                               lambda stage: stage.database.query(RENAME.format("sent_by", "sender"))),
+    },
+    "disk": {
+        "full": (Stage.fill, lambda stage: stage.filler.unlink()),
+        "unwritable": (lambda stage: stage.own(0, stage.state), lambda stage: stage.own(USER.pw_uid, stage.state)),
+        "unreadable": (lambda stage: stage.own(0), lambda stage: stage.own(USER.pw_uid)),
+        "gone": (lambda stage: stage.state.rename(stage.aside), lambda stage: stage.aside.rename(stage.state)),
+    },
+    "daemon": {
+        "killed": (lambda stage: stage.restart(is_killed=True), lambda stage: None),
+        "terminated": (Stage.restart, lambda stage: None),
+        "reloaded": (lambda stage: stage.daemon.signal(signal.SIGHUP), lambda stage: None),
+        "frozen": (lambda stage: stage.daemon.signal(signal.SIGSTOP),
+                   lambda stage: stage.daemon.signal(signal.SIGCONT)),
+    },
+}  # fmt: skip
+
+
+# ---- what is seen ---------------------------------------------------------------------------------
+
+
+class Soak:
+    """The time with faults, and the account at its end."""
+
+    def __init__(self, database: Database, daemon: Policyd) -> None:
+        self._stage = Stage(database, daemon)
+        self._begin = time.time()
+        self._log: list[tuple[float, str]] = []  # but the lines that each message makes
+        self._is_over = threading.Event()
+        self._spans: dict[str, list[Span]] = {lane: [] for lane in FAULTS}  # of the faults
+
+    def run(self, seed: int, rate: float, seconds: float) -> bool:
+        """Return whether all was well."""
+        reader = threading.Thread(target=self._read_log)
+        reader.start()
+        try:
+            with ProcessPoolExecutor(1) as processes:
+                load = processes.submit(send_load, self._stage.daemon.port, rate, seconds)
+                self._break(seed, seconds)
+                messages = load.result()
+            self._settle()
+            self._stage.restart()
+            self._settle()
+        finally:
+            self._is_over.set()
+            reader.join()
+        return self._account(messages)
+
+    def _break(self, seed: int, seconds: float) -> None:
+        """Let each lane go from fault to fault."""
+        lanes = list(FAULTS)
+        chances = [random.Random(f"{seed} {lane}") for lane in lanes]
+        due = [(time.time() + chance.uniform(1, 6), lane, "") for lane, chance in enumerate(chances)]
+        while due:
+            when, lane, broken = heapq.heappop(due)
+            time.sleep(max(0.0, when - time.time()))
+            began, chance, faults = time.time(), chances[lane], FAULTS[lanes[lane]]
+            if broken:
+                faults[broken][1](self._stage)
+                self._spans[lanes[lane]].append((when, time.time()))
+                if time.time() + 8 < self._begin + seconds:
+                    heapq.heappush(due, (time.time() + chance.uniform(0.2, 8), lane, ""))
+                continue
+            fault, lasts = chance.choice(list(faults)), chance.uniform(0.2, 7)
+            print(f"{began - self._begin:6.1f} s  {lanes[lane]} {fault} for {lasts:.1f} s", flush=True)
+            faults[fault][0](self._stage)
+            self._spans[lanes[lane]].append((began, time.time() + lasts))
+            heapq.heappush(due, (time.time() + lasts, lane, fault))
+
+    def _read_log(self) -> None:
+        read = 0
+        while not self._is_over.wait(LOOK_S):
+            lines = [line.text for line in self._stage.daemon.log_lines()]
+            self._log += [(time.time(), text) for text in lines[read:] if not re.match("Updating|DEFER|REJECT", text)]
+            read = len(lines)
+
+    def _settle(self) -> None:
+        """Wait until the database is used and the journal is empty."""
+
+        def is_well() -> bool:
+            asked = time.time()
+            self._stage.daemon.signal(signal.SIGUSR1)
+            time.sleep(3 * LOOK_S)
+            status = [text for seen, text in self._log if seen > asked and " requests: " in text]
+            return bool(status) and "database up, 0 events in the journal;" in status[-1]
+
+        try:
+            wait_until(is_well, "the database is used, and the journal is empty", SETTLE_S)
+        except BaseException:
+            print("the log:", *(f"{seen - self._begin:6.1f} s  {text}" for seen, text in self._log[-60:]), sep="\n")
+            raise
+
+    def _spans_of(self, begins: str) -> list[Span]:
+        """Return when something lasted, as the log says: until it is over, or the daemon is."""
+        spans, began = [], 0.0
+        ends = [(then, "") for then in (*self._stage.kills, *self._stage.restarts, time.time())]
+        for seen, text in sorted([*self._log, *ends]):
+            is_end = not text or text.startswith(f"{begins}: over")
+            if began and is_end:
+                spans.append((began, seen))
+                began = 0.0
+            elif not began and not is_end and text.startswith(begins):
+                began = seen - 2 * LOOK_S
+        return spans
+
+    def _account(self, messages: Sequence[Message]) -> bool:
+        rows = self._stage.database.query(
+            "SELECT sender, SUM(recipient_count), MIN(UNIX_TIMESTAMP(ts)), MAX(UNIX_TIMESTAMP(ts)) FROM events"
+            " WHERE recipient_count IS NOT NULL GROUP BY sender"
+        )
+        stored = {sender: (int(total), float(first), float(last)) for sender, total, first, last in rows}
+        copies = {message: stored.get(message.sender, (0,))[0] / message.recipients for message in messages}
+        kills, ends = self._stage.kills, [*self._stage.kills, *self._stage.restarts]
+        outages, troubles = self._spans_of("ERROR while UPDATING db"), self._spans_of("no outage journal")
+        bad_times = [*self._spans["database"], *outages, *troubles]
+        in_memory = [span for span in troubles if any(span[0] <= kill <= span[1] + LOOK_S for kill in kills)]
+        # After a start in bad times, what was known is not known any more.
+        bad_starts = [end for end in ends if any(began - 2 <= end <= over + 20 for began, over in bad_times)]
+        interruptions = len(self._spans["database"]) + len(ends)
+        answered = [message for message in messages if message.answered]
+        once = [message for message in answered if message.tries == 1]
+        found = {
+            "lost, and not in the memory of a daemon that was killed": [
+                message for message in answered if copies[message] < 1 and not message.touches(in_memory, 1, 1)],
+            "doubled when all was well": [
+                message for message in once if copies[message] > 1
+                and not message.touches([*bad_times, *((end, end) for end in ends)], 1, 4)],
+            "stored more often than something broke": [
+                message for message in messages if copies[message] > message.tries + interruptions],
+            "softer without a reason": [
+                message for message in answered if message.severity < message.before
+                and not any(start < message.sent for start in bad_starts)],
+            "not answered though policyd was there": [
+                message for message in messages
+                if not message.answered and not message.touches(self._spans["daemon"], 1, 3)],
+            "at another time than theirs": [
+                message for message in once if copies[message] == 1 and not
+                message.sent - CLOCK_S <= stored[message.sender][1] <= (message.answered or 0) + CLOCK_S],
+        }  # fmt: skip
+        forgotten = sum(int(text.split()[0]) for _, text in self._log if "events are forgotten" in text)
+        doubled = sum(copies[message] > 1 for message in once)
+        waits = sorted((message.answered or 0) - message.sent for message in once)
+        print(
+            f"{len(messages)} messages, {len(answered)} answered, p50 {waits[len(waits) // 2] * 1000:.1f} ms,"
+            f" p99 {waits[len(waits) * 99 // 100]:.2f} s, slowest {waits[-1]:.2f} s; {len(kills)} kills,"
+            f" {len(ends) - len(kills)} restarts, {len(outages)} outages, {len(troubles)} times without a journal\n"
+            f"lost: {sum(copies[message] < 1 for message in answered)} ({forgotten} of them forgotten and said so);"
+            f" sent once and doubled: {doubled};"
+            f" softer: {sum(message.severity < message.before for message in answered)}"
+        )
+        tracebacks = [text for _, text in self._log if "Traceback" in text]
+        print(*tracebacks[:3], sep="\n", end="")
+        for what, those in found.items():
+            print(f"{what}: {len(those)}")
+            for message in those[:5]:
+                print(f"    {message.sent - self._begin:.2f} s, copies {copies[message]:g}: {message}")
+        lost = found.pop("lost, and not in the memory of a daemon that was killed")
+        return not (any(found.values()) or len(lost) > forgotten or doubled > SLICE * interruptions or tracebacks)
+
+
+@contextlib.contextmanager
+def running_mariadb() -> Iterator[MariaDB]:
+    server = MariaDB()
+    try:
+        server.install()
+        yield server
+    finally:
+        server.remove()
+
+
+@contextlib.contextmanager
+def running_daemon(megabytes: int, **settings: Any) -> Iterator[Policyd]:
+    """Start policyd as another user, with its statedir on a tmpfs."""
+    disk = Path(tempfile.mkdtemp(prefix="pd"))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=755", "tmpfs", disk], check=True)
+    as_user = IN_PRIVATE_DEV.replace('exec "$@"', f'exec {" ".join(AS_USER)} "$@"')
+    daemon = Policyd(mounts=as_user, statedir=disk / "state", **settings)
+    try:
+        for path in (disk / "state", daemon.settings_file):
+            os.chown(path, USER.pw_uid, USER.pw_gid)
+        daemon.directory.chmod(0o755)
+        for inbox in (daemon.syslog, daemon.notify):
+            inbox.path.chmod(0o666)
+        yield daemon.start()
+    finally:
+        daemon.remove()
+        subprocess.run(["umount", disk], check=True)
+        shutil.rmtree(disk)
+
+
+def main() -> int:
+    """Read the command line, start the servers, run."""
+    parser = argparse.ArgumentParser(description="An even load, faults at random, and a look at every message.")
+    parser.add_argument("--seed", type=int, default=None, help="decides about the faults (default: a new one)")
+    parser.add_argument("--minutes", type=float, default=2)
+    parser.add_argument("--rate", type=float, default=150, help="messages per second (default 150)")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the namespace
+    arguments = parser.parse_args()
+    if os.geteuid() != 0:
+        parser.error("only root can start the daemon as another user")
+    if not arguments.inside:
+        os.execvp("unshare", ["unshare", "--mount", sys.executable, *sys.argv, "--inside"])
+    seen = subprocess.run([*AS_USER, sys.executable, str(ROOT / "policyd.py"), "--version"], stdout=subprocess.DEVNULL)
+    if seen.returncode != 0:
+        parser.error(f"{USER.pw_name} cannot run {sys.executable} {ROOT / 'policyd.py'}")
+    seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
+    chance = random.Random(f"{seed}")
+    quota, megabytes = chance.choice((100, 400)), chance.choice((2, 16))
+    print(f"seed {seed}: {arguments.minutes:g} minutes, {arguments.rate:g} messages/s, quota {quota}, a disk of"
+          f" {megabytes} MB", flush=True)
+    with running_mariadb() as server:
+        database = server.new_database(SCHEMA)
+        with running_daemon(megabytes, defaultquota=quota, **database.settings()) as daemon:
+            is_well = Soak(database, daemon).run(seed, arguments.rate, arguments.minutes * 60)
+    print("all is well" if is_well else f"NOT WELL: seed {seed}")
+    return 0 if is_well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
