@@ -81,6 +81,8 @@ need shellcheck command -v shellcheck
 need sqlite3 command -v sqlite3
 need systemd command -v systemd-analyze
 need mandoc command -v mandoc
+need openssl command -v openssl
+need util-linux command -v unshare
 if [ -n "$missing" ]; then
     [ "$(id -u)" -eq 0 ] || die "packages are missing; as root: apt-get install$missing"
     install_packages
