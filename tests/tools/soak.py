@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Soak policyd: an even load, faults of the database, the disk and the daemon at random, and a look at every message.
 
-usage: .venv/bin/python tests/tools/soak.py [--seed N] [--minutes 2] [--rate 150]
+usage: .venv/bin/python tests/tools/soak.py [--seed N] [--minutes 2] [--rate 150] [--disk 16]
 
 As root, for what only real processes show: a private MariaDB; the daemon as another user, its statedir on a small tmpfs
 in a mount namespace of our own, so that rights and a full disk bite.  A process of its own sends messages at an even
@@ -44,7 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from servers import IN_PRIVATE_DEV, SCHEMA, Database, MariaDB, Policyd, request_bytes, wait_until  # noqa: E402
 from stores import sessions, table_locked  # noqa: E402
 
-CONNECTIONS, LOGINS = 16, 40
+CONNECTIONS, LOGINS, QUOTA = 16, 40, 200
 ANSWER_TIMEOUT_S = 10  # the timeout of main.cf
 TRIES, TRY_AGAIN_S = 2, 1  # smtpd_policy_service_try_limit and _retry_delay
 CLOCK_S = 0.2  # by which the time of a row may differ from the load's
@@ -330,7 +330,9 @@ class Soak:
         try:
             wait_until(is_well, "the database is used, and the journal is empty", SETTLE_S)
         except BaseException:
-            print("the log:", *(f"{seen - self._begin:6.1f} s  {text}" for seen, text in self._log[-60:]), sep="\n")
+            said = [f"{seen - self._begin:6.1f} s  {text}" for seen, text in self._log if " requests: " not in text]
+            disk = [f"{path.name}: {path.stat()}" for path in (self._stage.state, *self._stage.state.iterdir())]
+            print("the log:", *said[-40:], self._log[-1][1], *disk, sep="\n")
             raise
 
     def _spans_of(self, begins: str) -> list[Span]:
@@ -437,6 +439,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="decides about the faults (default: a new one)")
     parser.add_argument("--minutes", type=float, default=2)
     parser.add_argument("--rate", type=float, default=150, help="messages per second (default 150)")
+    parser.add_argument("--disk", type=int, default=16, help="its size in MB (default 16)")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the namespace
     arguments = parser.parse_args()
     if os.geteuid() != 0:
@@ -447,13 +450,11 @@ def main() -> int:
     if seen.returncode != 0:
         parser.error(f"{USER.pw_name} cannot run {sys.executable} {ROOT / 'policyd.py'}")
     seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
-    chance = random.Random(f"{seed}")
-    quota, megabytes = chance.choice((100, 400)), chance.choice((2, 16))
-    print(f"seed {seed}: {arguments.minutes:g} minutes, {arguments.rate:g} messages/s, quota {quota}, a disk of"
-          f" {megabytes} MB", flush=True)
+    print(f"seed {seed}: {arguments.minutes:g} minutes, {arguments.rate:g} messages/s, a disk of {arguments.disk} MB",
+          flush=True)  # fmt: skip
     with running_mariadb() as server:
         database = server.new_database(SCHEMA)
-        with running_daemon(megabytes, defaultquota=quota, **database.settings()) as daemon:
+        with running_daemon(arguments.disk, defaultquota=QUOTA, **database.settings()) as daemon:
             is_well = Soak(database, daemon).run(seed, arguments.rate, arguments.minutes * 60)
     print("all is well" if is_well else f"NOT WELL: seed {seed}")
     return 0 if is_well else 1
