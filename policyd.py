@@ -298,7 +298,7 @@ class Limits(NamedTuple):
 
     def decisive(self) -> int:
         """Return the sum beyond which the answer stays the same."""
-        return max((limit for limit in self[:3] if limit < NEVER), default=0)
+        return max(limit if limit < NEVER else 0 for limit in self[:3])
 
 
 # How a value is read: each reader returns it, or raises ValueError (or OSError) with what to write instead.
@@ -593,18 +593,14 @@ class Settings:
             return self.everybody._replace(new_place_quota=NEVER)  # its bulk is known, also out of office hours
         return self.everybody
 
-    @functools.cached_property
-    def least_rows(self) -> int:
-        """How many of a login's newest events decide, at least.
+    def rows_of(self, login: str) -> int:
+        """Return how many of a login's newest events decide.
 
-        Once a login is beyond all limits, older events change nothing any more, and each has a recipient at least.
+        Beyond all limits, its own or else everybody's, older events change nothing, and each has a recipient at least.
         Those of a batch are on top: running sums are computed back from the last one.
         """
-        return self.everybody.decisive() + BATCH_EVENTS
-
-    def rows_of(self, login: str) -> int:
-        """Return how many of a login's newest events decide."""
-        return max(self.limits_of(login).decisive() + BATCH_EVENTS, self.least_rows) if self.quota else self.least_rows
+        own = self.limits_of(login).decisive() if self.quota else 0
+        return (own or self.everybody.decisive()) + BATCH_EVENTS
 
     @functools.cached_property
     def needs_hour(self) -> bool:
@@ -1583,6 +1579,7 @@ class SQLiteRepository:
         self._opened.append(connection)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")  # what was answered stays counted after a power cut
+        connection.execute("PRAGMA wal_autocheckpoint = 100")  # or the log of writes alone fills a small disk
         connection.create_function("place", 1, place_of)
         connection.executescript(self.SCHEMA)
         return connection

@@ -88,7 +88,7 @@ policy_context=
 """  # what Postfix 3.7 sends
 STATEMENTS = {  # of the daemon with the early signs: what is it that the server is asked?
     "INSERT": r"INSERT INTO", "sums": r"BIT_OR", "known places": r"'forgiven'",
-    "the hour's places": r"MIN\(TIMESTAMPDIFF", "since when held": r"MAX\(TIMESTAMPDIFF",
+    "the hour's places": r"MIN\(TIMESTAMPDIFF", "since when held": r"IS NULL GROUP BY client_address",
 }  # fmt: skip
 
 
@@ -293,10 +293,10 @@ def sums(database: Database | None, daemons: list[Daemon]) -> Counter[str]:
 
 
 def add_history(database: Database, load: str, rows: int) -> None:
-    """Fill the table with what the load needs, and an event of a week ago: else no early sign is judged."""
+    """Fill the table with what the load needs, and an event of some days ago: else no early sign is judged."""
     insert = ("INSERT INTO events (ts, sasl_username, sender, client_address, recipient_count)"
               " SELECT CURRENT_TIMESTAMP(3)")  # fmt: skip
-    database.query(f"{insert} - INTERVAL 7 DAY, 'somebody', 'somebody@example.org', '10.0.0.1', 1")
+    database.query(f"{insert} - INTERVAL 5 DAY, 'somebody', 'somebody@example.org', '10.0.0.1', 1")
     if rows:
         database.query(
             f"{insert} - INTERVAL seq * %s MICROSECOND, CONCAT('u', seq %% %s), 'somebody@example.org',"
@@ -311,7 +311,7 @@ def add_history(database: Database, load: str, rows: int) -> None:
             )
     if load == "hot":
         database.query(
-            f"{insert} - INTERVAL seq * 17 * 1000 MICROSECOND, 'hot', 's@example.org', CONCAT(seq %% 200, '.0.0.1'), 1"
+            f"{insert} - INTERVAL seq * 17 * 1000 MICROSECOND, 'hot', 's@example.org', CONCAT(seq % 200, '.0.0.1'), 1"
             f" FROM seq_1_to_{HOT_EVENTS}"
         )
 
@@ -351,6 +351,8 @@ def measure(arguments: argparse.Namespace, database: Database | None) -> int:
     with child(bare.serve_forever), contextlib.ExitStack() as stack:
         daemons = [stack.enter_context(running_daemon(*kind)) for kind in kinds]
         before = sums(database, [])
+        for daemon in daemons:  # uncounted: the server is busy yet with the history it was given
+            answered += asking(daemon.port, 16, arguments.seconds + 3, arguments.load, arguments.recipients).answered
         for connections in arguments.connections * arguments.rounds:
             how = (connections, arguments.seconds, arguments.load, arguments.recipients)
             bare_load = ask_from_processes(bare.server_address[1], *how)
