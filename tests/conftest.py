@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ from stores import KINDS, KeptLog, MariaStore, SQLiteStore, Store
 
 
 def pytest_configure() -> None:
-    hypothesis.settings.register_profile("policyd", deadline=None)  # no test depends on how fast it is
+    # No test depends on how fast it is; CI tries the same each time, and whoever runs the tests by hand something new.
+    hypothesis.settings.register_profile("policyd", deadline=None, derandomize="CI" in os.environ)
     hypothesis.settings.register_profile("long", deadline=None, max_examples=100_000)  # --hypothesis-profile=long
     hypothesis.settings.load_profile("policyd")
     # A run that is told to end still ends its servers.
