@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import os
 import re
@@ -53,6 +54,7 @@ HISTORY_LOGINS = 200_000
 HOT_EVENTS = 200_000
 OTHERS_A_SECOND = 50
 EARLY_SIGNS = {"hourquota": "999999999", "early_signs": "yes", "keep_days": "30", "new_place_quota": "999999999"}
+NUMBERS = itertools.count(1)  # of this process's requests: none is the repetition of another
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 REQUEST = """\
 request=smtpd_access_policy
@@ -170,12 +172,11 @@ def ask_beside_a_hot_login(port: int, connections: int, seconds: float, load: st
     hot = [multiprocessing.Process(target=ask_hot, args=(port, end), daemon=True) for _ in range(connections)]
     for process in hot:
         process.start()
-    seen, errors, number = Load([], Counter(), 0), 0, 0
+    seen, errors = Load([], Counter(), 0), 0
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(ANSWER_TIMEOUT_S)
         while time.perf_counter() < end:
-            number += 1
-            login, recipients, request = request_of(number, load, max_recipients)
+            login, recipients, request = request_of(next(NUMBERS), load, max_recipients)
             sent = time.perf_counter()
             connection.sendall(request)
             errors += connection.recv(4096) != b"action=DUNNO\n\n"
@@ -341,7 +342,7 @@ def measure(arguments: argparse.Namespace, database: Database | None) -> int:
     ours = ROOT / "policyd.py"
     kinds = [("policyd", ours, settings), ("with early signs", ours, {**settings, **EARLY_SIGNS})]
     if arguments.load == "hot":
-        kinds = [(name, file, {**changed, "quota": "hot:1500"}) for name, file, changed in kinds]
+        kinds = [(name, file, {**changed, "quota": "hot:1500:1500"}) for name, file, changed in kinds]
     if arguments.against:
         kinds.append((str(arguments.against), arguments.against, kinds[0][2]))
     bare = BareServer(("127.0.0.1", 0), BareHandler)
