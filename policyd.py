@@ -2991,10 +2991,12 @@ def _become_policyd() -> None:
             os.setuid(user.pw_uid)
 
 
-def _ask_over_the_wire(connection: socket.socket) -> bool:
-    """Tell whether policyd answers on this connection; a request without a login counts nothing."""
+def _ask_over_the_wire(connection: socket.socket, address: Any = None) -> bool:
+    """Tell whether policyd answers on this connection (to `address`); a request without a login counts nothing."""
     connection.settimeout(CONNECT_TIMEOUT_S)
     with contextlib.suppress(OSError), connection:
+        if address:
+            connection.connect(address)
         connection.sendall(b"request=smtpd_access_policy\n\n")
         return connection.recv(64) == b"action=DUNNO\n\n"
     return False
@@ -3008,11 +3010,8 @@ def _check_listening(settings: Settings) -> str:
         print(f"listening on {name}")
         PolicyServer(settings.bind, settings.port, policy).server_close()
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            with contextlib.suppress(OSError), socket.socket(family) as there:
-                there.connect(address)
-                if _ask_over_the_wire(there):
-                    return ""
+        if error.errno == errno.EADDRINUSE and _ask_over_the_wire(socket.socket(family), address):
+            return ""
         return f"cannot listen on {wire_name(settings.bind, settings.port)}: {error.strerror or error}"
     ours, theirs = socket.socketpair()
     server: Any = types.SimpleNamespace(policy=policy)
