@@ -38,8 +38,9 @@ When the database is away, mail flows and the quota holds: events go to a journa
 database when one of the servers of `dbhost` is back.  Without any `db...` setting the events are kept in an
 embedded SQLite file instead, and nothing but Python is needed.
 
-Files:    /etc/postfix/policyd.cfg (settings); in `statedir` journal.sqlite3, events.sqlite3 (the embedded store),
-          incidents.json (those that `on_stop` has not told yet), policyd.prom (figures for Prometheus), policyd.pid.
+Files:    /etc/postfix/policyd.cfg (settings); in `statedir` journal.sqlite3 (with some room to spare), events.sqlite3
+          (the embedded store), incidents.json (those that `on_stop` has not told yet), policyd.prom (figures for
+          Prometheus), policyd.pid.
 Signals:  HUP reads the settings again, TERM and INT answer what has been asked and end, USR1 logs a status.
 Status:   0, 1 (cannot listen, something is missing in --check), 78 (a mistake in the settings).
 Log:      syslog, facility daemon, tag policyd.
@@ -353,8 +354,8 @@ NEVER_MATCHES = {  # what people write into lists, and no login, sender or addre
     r".*\s#.*": "a comment stands in a line of its own; remove what is behind the entry",
     r".*[,;].*": "one entry a line; write a line for each",
     r"/.*/[a-z]*": "no regular expressions; give a login, a sender, @domain, an address or a network",
-    r"(['\"]).*\1": "quotes are part of the value; write it without",
-    r"<.*>": "write it without < and >",
+    r"(['\"]).*\1|[\u2018\u201c\u201e].*": "quotes are part of the value; write it without",
+    r".*<.*>.*": "write it alone, without < and >",
     r"\*@([^*?]+)": r"did you mean @\1?",
     r"([0-9]+)\.(\*|\*\.\*|\*\.\*\.\*)": r"did you mean \1.0.0.0/8?",
     r"([0-9]+\.[0-9]+)\.(\*|\*\.\*)": r"did you mean \1.0.0/16?",
@@ -363,29 +364,30 @@ NEVER_MATCHES = {  # what people write into lists, and no login, sender or addre
     r"@?|.*@": "a domain is missing behind @",
     r"@.*@.*": "no domain has an @",
     r"@\.(.+)": r"did you mean @\1? subdomains are not meant",
-    r"\[(.*)\]": r"did you mean \1?",
-    r"[0-9a-f:]+%.*": "write the address without its zone",
+    r"\[(.*)\](/[0-9]+)?": r"did you mean \1\2?",
+    r"([0-9]+\.){3}[0-9]+|([0-9]+\.){1,3}|.*:::.*|[0-9.]+[*%[][0-9.*%[\]-]*": "this is no address",
+    r"[0-9a-f]*:[0-9a-f:.]*%.*": "write the address without its zone",
 }
 
 
 def _entry(text: str) -> str:
     """Read a name as clean() gives it, unless it can never match."""
     entry = clean(text)
+    if address_of(entry) and "%" not in entry:
+        return entry
     for pattern, hint in NEVER_MATCHES.items():
         if match := re.fullmatch(pattern, entry, re.DOTALL):
             raise ValueError(match.expand(hint))
-    first, _, last = (part.strip() for part in entry.partition("-"))
-    begin, end = address_of(first), address_of(last if not last.isdigit() else first.rpartition(".")[0] + "." + last)
-    if begin and end and begin.version == end.version and int(begin) <= int(end):  # 192.0.2.10-20
-        networks = itertools.islice(ipaddress.summarize_address_range(begin, end), 4)
-        raise ValueError(f"no ranges; give networks, a line each: {', '.join(map(str, networks))} ...")
+    words = re.split(" *[-\u2013] *| ", entry)  # 192.0.2.10-20, or one entry behind the other
+    if len(words) > 1 and (address_of(words[0].partition("/")[0]) or (" " in entry and entry.count("@") > 1)):
+        raise ValueError("one entry a line, and no ranges; give networks, for example 192.0.2.0/24")
     return entry
 
 
 def _list_entry(text: str) -> str | Network:
     """Read a name, or an address or a network in CIDR form."""
     entry = _entry(text)
-    if not address_of(entry) and not re.fullmatch(r"[0-9a-f:]*[.:][0-9a-f.:]*/[0-9.]*", entry):
+    if not address_of(entry) and not re.fullmatch(r"([0-9a-f:]*[.:][0-9a-f.:]*|[0-9]+)/[0-9.]*", entry):
         return entry
     try:
         address = ipaddress.ip_interface(entry)
@@ -411,13 +413,15 @@ def _quota(text: str) -> tuple[str, int, int | None]:
         raise ValueError("give LOGIN:N, LOGIN:unlimited or LOGIN:DAY:HOUR, for example newsletter:20000")
     if match[1] == "*":
         raise ValueError(f"did you mean defaultquota={match[2]}?")
+    if not isinstance(name := _list_entry(match[1]), str):
+        raise ValueError("a quota is a login's or an @domain's, not an address's")
     day, hour = (NEVER if limit == "unlimited" else int(limit) for limit in (match[2], match[3] or "0"))
-    return _entry(match[1]), day, hour if match[3] else None
+    return name, day, hour if match[3] else None
 
 
 REPEATED = ("quota", "trusted_network", "always_allow", "whitelist", "blacklist")  # may be given in several lines
 MESSAGE = _like("[\x00-\x7f]{1,200}", "give at most 200 characters, all of them ASCII", str)  # an SMTP line has 512
-MAIL_ADDRESS = _like(r"[A-Z0-9!#$%&'*+/=?^_`{|}~.-]+@[A-Z0-9.-]+",
+MAIL_ADDRESS = _like(r"[A-Z0-9!#$%&'+/=?^_`{|}~.-]+@[A-Z0-9.-]+",
                      "give a mail address, for example helpdesk@example.org", str.lower)  # fmt: skip
 TABLE_NAME = _like("[A-Z0-9_$]{1,64}", "give a plain SQL name of letters, digits, _ and $, for example events", str)
 BIND = _like("/.+|[A-Z0-9._-]+|[0-9A-F:.]*:[0-9A-F:.]*:[0-9A-F:.%]*",
@@ -563,8 +567,9 @@ class Settings:
             if hour is None:
                 hour = settings.hourquota if day < NEVER else 0
             reject_at = 2 * day if 0 < day < NEVER else NEVER  # 0 is there to hold all mail, not to refuse it
-            quota[login] = settings.everybody._replace(hold_at=day, reject_at=reject_at, hour=hour or NEVER,
-                                                       new_place_quota=NEVER)  # fmt: skip
+            quota[login] = settings.everybody._replace(hold_at=day, reject_at=reject_at, hour=hour or NEVER)
+            if not login.startswith("@"):  # its bulk is known
+                quota[login] = quota[login]._replace(new_place_quota=NEVER)
             lines[f"quota={login}"] = line
         return dataclasses.replace(settings, quota=quota)
 
@@ -585,13 +590,13 @@ class Settings:
         domain = "".join(login.rpartition("@")[1:]) if "@" in login else ""
         return next((name for name in (login, domain) if name in self.quota), "")
 
-    def limits_of(self, login: str) -> Limits:
-        """Return the limits of a login."""
-        if self.quota and (name := self.quota_of(login)):
-            return self.quota[name]
-        if self.everybody.new_place_quota < NEVER and self.whitelist.line_of([login], ""):
-            return self.everybody._replace(new_place_quota=NEVER)  # its bulk is known, also out of office hours
-        return self.everybody
+    def limits_of(self, login: str, sasl_username: str = "") -> Limits:
+        """Return the limits of a login, by which a whitelist may mean its whole `sasl_username`, too."""
+        limits = self.quota.get(self.quota_of(login), self.everybody) if self.quota else self.everybody
+        if limits.new_place_quota == NEVER or not self.whitelist.lines:
+            return limits
+        is_listed = self.whitelist.line_of(names_of(sasl_username or login, login, ""), "")
+        return limits._replace(new_place_quota=NEVER) if is_listed else limits  # its bulk is known, at any hour
 
     def rows_of(self, login: str) -> int:
         """Return how many of a login's newest events decide.
@@ -875,6 +880,7 @@ TABLE_LOOK_S = 60  # how long a connection trusts what it has seen of the table'
 MOST_INCIDENTS = 256  # of a login and day
 LONG_LOOK_S = 10  # how old may be what is known of the older incidents of a login with a long history?
 PURGE_SLICE = 10_000  # rows of one DELETE
+PATIENCE_S = 600  # for a statement for which no mail waits
 KEPT_TEXT = 255  # characters of a login, sender or address that are kept: the columns of scripts/schema.sql
 INCIDENTS = [f"{action} {rule}" for rule in RULES for action in ("HOLD", "REJECT")]
 
@@ -1129,12 +1135,14 @@ class MariaDBRepository:
         " UPDATE recipient_count = COALESCE(recipient_count, 0) + VALUES(recipient_count), ts = ts"
     )
     NOW = "CURRENT_TIMESTAMP(3)"
-    THEN = "LEAST(FROM_UNIXTIME(%s / 1000), CURRENT_TIMESTAMP(3))"  # a relay's clock may be ahead
+    # A relay's clock may be ahead, even of what FROM_UNIXTIME knows.
+    THEN = "LEAST(FROM_UNIXTIME(LEAST(%s, 2147483647000) / 1000), CURRENT_TIMESTAMP(3))"
     NO_ROW = "SELECT CURRENT_TIMESTAMP(3), '', '', '', 0 FROM DUAL WHERE FALSE"
     SINCE = r"ts > CURRENT_TIMESTAMP(3) - INTERVAL \1 SECOND"
     DAY = "ts > CURRENT_TIMESTAMP(3) - INTERVAL 1 DAY"
     AGE = "TIMESTAMPDIFF(MICROSECOND, ts, CURRENT_TIMESTAMP(3)) / 1e6"
-    PLACE = "SUBSTRING_INDEX(SUBSTRING_INDEX(TRIM(LEADING '::ffff:' FROM client_address), '.', 1), ':', 1)"
+    PLACE = "IF(LEFT(client_address, 8) = '64:ff9b:', client_address," \
+            " SUBSTRING_INDEX(SUBSTRING_INDEX(TRIM(LEADING '::ffff:' FROM client_address), '.', 1), ':', 1))"
     BINARY = "CONVERT(sasl_username USING utf8mb4) COLLATE utf8mb4_bin"  # equal only if it is
     SUM_OF = "CAST(SUM({}) AS SIGNED)"  # else the driver makes a Decimal of it
     RECIPIENTS = SUM_OF.format("GREATEST(recipient_count, 0)")
@@ -1191,6 +1199,9 @@ class MariaDBRepository:
         except pymysql.MySQLError as error:
             if not _is_refusal(error):
                 raise
+        self._table = None
+        if self._look(connection) != table:  # altered since it was looked at
+            return self._insert(connection, events, times)
         connection.begin()  # all or nothing: a failure on the way must not leave half of them behind
         refused: dict[int, Exception] = {}
         parts = [(0, len(rows))]
@@ -1204,11 +1215,20 @@ class MariaDBRepository:
                 middle = (first + end) // 2
                 parts += [(first, middle), (middle, end)] if middle > first else []
                 refused.update({} if middle > first else {first: error})
+        self._left_s(connection)
         connection.commit()
         return refused
 
+    @staticmethod
+    def _left_s(connection: Any) -> float:
+        """Return for how long the server may work; what could come in late, beside its journaled copy, is not sent."""
+        left_s: float = min(DAY_S, connection.deadline - time.monotonic() - LATE_ROW_S)
+        if left_s <= 0:
+            raise RepositoryUnavailable("the database is too slow")
+        return left_s
+
     def _insert_rows(self, connection: Any, rows: list[tuple[str, list[object]]]) -> None:
-        left_s = max(0.01, min(DAY_S, connection.deadline - time.monotonic() - LATE_ROW_S))
+        left_s = self._left_s(connection)
         texts = f"VALUES {', '.join(text for text, _ in rows)}"
         statement = self.INSERT.format(left_s=left_s, table=self._name, rows=texts)
         _query(connection, statement, [value for _, values in rows for value in values])
@@ -1245,9 +1265,10 @@ class MariaDBRepository:
         """Return what `logins` have used, and those `bounded` with so many of their newest rows."""
         found = f"{self.RECIPIENTS}, {self.OF_HOUR if settings.needs_hour else '0'}, {self.KINDS}"
         words = {"from_": f"`{self._name}` {table.force_index}", "login": table.login, "found": found}
-        totals = dict.fromkeys(logins, NOTHING)
-        arguments: list[object] = [*totals]
-        parts = [self.SUM.format(logins=", ".join(["%s"] * len(totals)), **words)] if totals else []
+        together = list(logins)
+        totals = dict.fromkeys([*together, *bounded], NOTHING)
+        arguments: list[object] = [*together]
+        parts = [self.SUM.format(logins=", ".join(["%s"] * len(together)), **words)] if together else []
         now = time.monotonic()
         for login, rows in bounded.items():
             parts.append(self.BOUNDED_SUM.format(**words))
@@ -1258,8 +1279,8 @@ class MariaDBRepository:
         for login, recipients, of_hour, kinds in _query(connection, " UNION ALL ".join(parts), arguments):
             if recipients == -1:
                 self._long[login] = now, _incidents_of(kinds)
-            else:
-                totals[login.rstrip(" ")] = Usage(recipients or 0, of_hour or 0, _incidents_of(kinds))
+            elif (login := login.rstrip(" ")) in totals:  # and not one that is like it for the column's collation
+                totals[login] = Usage(recipients or 0, of_hour or 0, _incidents_of(kinds))
         for login in bounded:
             totals[login] = totals[login].plus(Usage(0, 0, self._long[login][1]))
         return totals
@@ -1283,7 +1304,7 @@ class MariaDBRepository:
 
         The words, in braces: table, from_ (the same, read by login), by_time (the same, read by time), login (the
         column, each login apart), of_login (it is %(login)s), place (of the client), now, age (in s), and `since NAME`
-        (less than %(NAME)s seconds ago).  Without a deadline on a connection of its own, for as long as it takes.
+        (less than %(NAME)s seconds ago).  Without a deadline on a connection of its own, for ten minutes at most.
         """
 
         def work(connection: Any) -> list[Any]:
@@ -1293,7 +1314,7 @@ class MariaDBRepository:
 
         if deadline is not None:
             return self._run(work, deadline)
-        with self._patient_connection() as connection:
+        with self._patient_connection(PATIENCE_S) as connection:
             return work(connection)
 
     def check(self, deadline: float) -> str:
@@ -1335,15 +1356,16 @@ class MariaDBRepository:
 
     def purge(self, keep_days: int) -> Iterator[int]:
         """Delete the events older than `keep_days`, a slice at a time; yield the number of each.  For any thread."""
-        with self._patient_connection() as connection:
+        with self._patient_connection(PATIENCE_S) as connection:
             while deleted := _query(connection, self.PURGE.format(table=self._name), (keep_days, PURGE_SLICE))[0][0]:
                 yield deleted
+                connection.deadline = time.monotonic() + PATIENCE_S
 
     def init(self) -> str:
         """Create or upgrade the table; return one line on what was done."""
         show = f"SHOW CREATE TABLE `{self._name}`"
         said_twice = " CHARACTER SET utf8mb4| COLLATE utf8mb4_bin"  # by MySQL: of the table, and of each column
-        with self._patient_connection() as connection:
+        with self._patient_connection(DAY_S) as connection:
             if not _query(connection, self.FACTS, [self._name]):
                 _query(connection, self.CREATE.format(table=self._name))
                 return f"created {self._where}"
@@ -1400,9 +1422,9 @@ class MariaDBRepository:
                     raise (TooLarge if is_large else RepositoryUnavailable)(str(error)) from error
 
     @contextlib.contextmanager
-    def _patient_connection(self) -> Iterator[Any]:
-        """A connection of its own, for statements that take their time."""
-        connection = self._pool.connect(time.monotonic() + DAY_S, limits="")
+    def _patient_connection(self, patience_s: float) -> Iterator[Any]:
+        """A connection of its own, for statements that take their time, of a server that may freeze meanwhile."""
+        connection = self._pool.connect(time.monotonic() + patience_s, limits="")
         try:
             yield connection
         except pymysql.MySQLError as error:
@@ -1530,6 +1552,12 @@ class SQLiteRepository:
         with self._connection() as connection:
             connection.execute("DELETE FROM events WHERE rowid <= ?", (upto,))
 
+    def shrink(self) -> None:
+        """Give back the room of what was deleted."""
+        with self._connection() as connection:
+            connection.execute("VACUUM")
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def count(self, after: int = 0) -> int:
         """Return the number of events, of those above row id `after`; a file that is certainly not there has none."""
         if _identity(self.path) is None and os.path.isdir(os.path.dirname(self.path) or "."):
@@ -1546,6 +1574,8 @@ class SQLiteRepository:
         with contextlib.suppress(sqlite3.Error), connection:
             rows = connection.execute(self.FIRST, (after, -1)).fetchall()
             connection.execute("DELETE FROM events")  # should that file come back, it is not to be moved again
+            connection.commit()
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._drop()
         return [(rowid, ts, Event(*event)) for rowid, ts, *event in rows]
 
@@ -1558,7 +1588,7 @@ class SQLiteRepository:
         mine = self._of_thread
         try:
             known = getattr(mine, "file", None)
-            if known != _identity(self.path, known):
+            if self.path != ":memory:" and known != _identity(self.path, known):
                 self._drop()  # another file has come in its place
             if not hasattr(mine, "connection"):
                 mine.connection = self._open()
@@ -1675,9 +1705,9 @@ class Watch:
             if rule:
                 usage = usage._replace(since=self._since_when(login, rule, deadline))
             elif settings.everybody.early_signs and deadline is not None and self._is_worth_it(event, usage, settings):
-                if login not in seen:
-                    seen[login] = self._signs(event, usage, settings, deadline)
-                usage = Usage(*usage[:4], *seen[login])
+                figures = seen.get(login) or self._signs(event, usage, settings, deadline)
+                seen.update({login: figures} if figures else {})
+                usage = Usage(*usage[:4], *(figures or ()))
             looked.append(usage)
         return looked
 
@@ -1691,26 +1721,29 @@ class Watch:
         known, as_of = self._known.get(event.sasl_username, ((), 0.0))
         return place is not None and (place not in known or self._clock() - as_of > KNOWN_S)
 
-    def _signs(self, event: Event, usage: Usage, settings: Settings, deadline: float) -> tuple[int, int, int]:
+    def _signs(self, event: Event, usage: Usage, settings: Settings,
+               deadline: float) -> tuple[int, int, int] | None:  # fmt: skip
+        """Return Usage's last three figures; None for a message from a place that is known, as it turns out."""
         login = event.sasl_username
         known, as_of = self._known.get(login, (set(), 0.0))
         is_old = not as_of or self._clock() - as_of > KNOWN_S
         if is_old:
-            known = self._learn(login, settings, deadline)
+            known = self.known_places(login, settings, deadline)
             if place_of(event.client_address, settings.trusted_network) in known:
-                return 0, 0, 0
+                return None
         sightings = self._sightings(login, HOUR_S, NEWEST_ROWS, deadline)
         found = signs(sightings, known, settings.trusted_network)
         verdict = decide(Usage(*usage[:4], *found), settings.limits_of(login))
-        if verdict.rule in LASTING and not is_old:  # afresh before a hold: it may have been forgiven a minute ago
-            found = signs(sightings, self._learn(login, settings, deadline), settings.trusted_network)
+        is_held = verdict.rule in LASTING and "audit" not in (settings.mode, settings.early_signs)
+        if is_held and not is_old:  # afresh before a hold: it may have been forgiven a minute ago
+            found = signs(sightings, self.known_places(login, settings, deadline), settings.trusted_network)
         return found
 
     def _sightings(self, login: str, period_s: int, rows: int, deadline: float | None) -> list[Sighting]:
         found = self._ask(self.SIGHTINGS, deadline, login=login, period=period_s, rows=rows)
         return [Sighting(address, int(count), int(messages), float(age)) for address, count, messages, age in found]
 
-    def _learn(self, login: str, settings: Settings, deadline: float | None) -> set[str]:
+    def known_places(self, login: str, settings: Settings, deadline: float | None) -> set[str]:
         """Return, and remember, the places that are known of a login: used more than a day ago, or forgiven.
 
         After an incident of this kind that nobody has forgiven, more than a day before it: else the thief's places
@@ -1754,7 +1787,7 @@ class Watch:
             incidents = frozenset(incident for incident, _ in self._ask(self.LASTING, None, login=login))
             if not Usage(0, 0, incidents).lasting():
                 sightings = self._sightings(login, DAY_S, HISTORY_ROWS, None)
-                found = signs(sightings, self._learn(login, settings, None), settings.trusted_network)
+                found = signs(sightings, self.known_places(login, settings, None), settings.trusted_network)
                 verdict = decide(Usage(0, 0, frozenset(), 0.0, *found), limits)
                 is_audit = "audit" in (settings.mode, settings.early_signs)
                 if verdict.action == "HOLD" and (
@@ -1769,6 +1802,8 @@ BATCH_DEADLINE_S = 2.8  # for a batch from the arrival of its oldest event: whoe
 LEAST_LEFT_S = 0.5  # of it: a batch that begins with less goes to the journal
 RETRY_DELAYS_S = (1, 2, 4, 8, 15)  # between two looks for a database that is away; the last one repeats
 REPLAY_SLICE = 500  # rows of the journal that one INSERT takes between two batches
+TIGHT_SLICE = 50  # where the disk was full: to delete a row takes room, too, up to a page of the index
+SPARE_BYTES = 512 << 10  # beside the journal: from a disk that is full of it nothing could be deleted, or moved
 LAST_KNOWN_LOGINS = 100_000
 OnUsage = Callable[[Optional[Usage]], None]
 Waiting = tuple[Event, OnUsage, float]  # with the time of its arrival
@@ -1830,6 +1865,8 @@ class Journal:
         self._moved_of: object = None  # which file that is
         self._file_known = LastKnown()  # what the file has, for the time when it cannot be read
         self.trouble = ""  # what is wrong with the file
+        self._spare = f"{path}-spare"
+        self._has_spare = os.path.exists(self._spare)
         self._next_look = 0.0
         self._slice = REPLAY_SLICE  # halved when the store does not take it: it may be too large
 
@@ -1849,7 +1886,7 @@ class Journal:
 
     def can_move(self) -> bool:
         """Tell whether there is something that replay() can move now."""
-        return bool(self.kept or (self._in_file and not self._moved and not self.trouble))
+        return bool(self.kept or (self._in_file and not self._moved and (self._has_spare or not self.trouble)))
 
     def next_look_s(self) -> float:
         """Return the seconds until look() is due."""
@@ -1919,10 +1956,29 @@ class Journal:
         if not self.trouble:
             try:
                 self._see()
+                self._take_spare()
                 return self._write(events, times)
             except RepositoryUnavailable as error:
                 self._complain(error)
         self._keep(events, times)
+
+    def _take_spare(self) -> None:
+        """Before the first event, where the disk is not nearly full, take the room in which the last one can go."""
+        if self._in_file or self._moved or self._has_spare:
+            return
+        self._file.shrink()
+        with contextlib.suppress(OSError):
+            if shutil.disk_usage(os.path.dirname(self._spare) or ".").free >= 1.5 * SPARE_BYTES:
+                with open(self._spare, "wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, SPARE_BYTES)
+                self._has_spare = True
+
+    def _give_spare(self) -> None:
+        """Now that the store takes events, and the journal may do no more: it may have filled the disk itself."""
+        self._has_spare, self._slice = False, TIGHT_SLICE // 2  # which look() doubles
+        with contextlib.suppress(OSError):
+            os.unlink(self._spare)
+        self.look()
 
     def totals(self, logins: Sequence[str]) -> dict[str, Usage]:
         """Return what each login has in the journal; of a file that cannot be read, what is known of it."""
@@ -1947,6 +2003,8 @@ class Journal:
         """Move the oldest slice to `repository`, with its times; return age in s and event; raises as `repository`."""
         slice_ = self._memory.first(self._slice) if self.kept else []
         is_kept = bool(slice_)
+        if not is_kept and self.can_move() and self.trouble:
+            self._give_spare()
         if not is_kept and self.can_move():
             try:
                 self._see()
@@ -1981,9 +2039,12 @@ class Journal:
             self._file.delete_first(upto)
             self._moved = 0
         except RepositoryUnavailable as error:
-            log.error(f"the database has events that cannot be deleted from the journal: {error}; trying each minute,"
-                      " nothing else is moved before, and a crash would count them twice")  # fmt: skip
             self.trouble = self.trouble or str(error)
+            if self._has_spare:
+                self._give_spare()
+            if self._moved:
+                log.error(f"the database has events that cannot be deleted from the journal: {error}; trying each"
+                          " minute, nothing else is moved before, and a crash would count them twice")  # fmt: skip
 
     def close(self) -> None:
         """Close the file."""
@@ -2027,7 +2088,7 @@ class Recorder:
         self._last_known = LastKnown()
         self._waiting: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()  # None: look around
         self._turn_began: float | None = None
-        self._in_hand = False  # does the turn hold a batch?
+        self._in_hand: float | None = None  # when the oldest event of the batch arrived that the turn holds
         self._telling_since: float | None = None
         self._away = threading.Event()  # set by the recorder's thread, cleared by the one that finds the store
         self._away.set()
@@ -2055,8 +2116,9 @@ class Recorder:
 
     def longest_wait_s(self) -> float:
         """Return for how long, at most, an event has waited: in the queue, a batch, behind a replay or an answer."""
-        turn = self._turn_began if self._in_hand or not self._waiting.empty() else None
-        return max((self._clock() - since for since in (turn, self._telling_since) if since is not None), default=0.0)
+        queued = None if self._waiting.empty() else self._turn_began
+        waits = (self._in_hand, queued, self._telling_since)
+        return max((self._clock() - since for since in waits if since is not None), default=0.0)
 
     def down_s(self) -> float | None:
         """Return for how long the store has been away, or None: it is there."""
@@ -2092,12 +2154,12 @@ class Recorder:
             while len(batch) < BATCH_EVENTS:
                 item = self._waiting.get_nowait()
                 batch += [item] if item else []
-        self._in_hand = bool(batch)
+        self._in_hand = batch[0][2] if batch else None
         if not self.journal.next_look_s():
             self.journal.look()
         if batch:
             known = batch, self._commit([event for event, _, _ in batch], batch[0][2] + BATCH_DEADLINE_S)
-            self._in_hand = False
+            self._in_hand = None
             if len(batch) == 1 and self._handed == self._told:
                 self._tell(*known)  # nobody else waits: no need to wake the other thread
             else:
@@ -2145,12 +2207,14 @@ class Recorder:
         """Return the sums of one batch; None for what the store refused."""
         if not self.looked.is_set():
             self.looked.wait(max(0.0, deadline - LEAST_LEFT_S - self._clock()))
+            if not self.looked.is_set():
+                self._note_outage("it is still being looked for")
             self.looked.set()  # nobody else waits: names may take long
         is_stored, refused = self._keep(events, deadline)
         kept = [event for n, event in enumerate(events) if n not in refused] if refused else events
         usages = self._usages(kept, deadline, is_stored)
         if self._watch:
-            usages = self._look_closer(self._watch, kept, usages, deadline)
+            usages = self._look_closer(self._watch, kept, usages, deadline if is_stored else None)
         told = iter(usages)
         return [None if n in refused else next(told) for n in range(len(events))] if refused else usages
 
@@ -2179,8 +2243,9 @@ class Recorder:
         totals = {login: self._last_known.get(login, now).plus(journal.get(login, NOTHING)) for login in logins}
         return run_up(logins, events, totals)
 
-    def _look_closer(self, watch: Watch, events: list[Event], usages: list[Usage], deadline: float) -> list[Usage]:
-        if not self._away.is_set():
+    def _look_closer(self, watch: Watch, events: list[Event], usages: list[Usage],
+                     deadline: float | None) -> list[Usage]:  # fmt: skip
+        if deadline is not None and not self._away.is_set():
             with self._or_outage():
                 return watch.look(events, usages, self.settings, deadline)
         return watch.look(events, usages, self.settings, None)  # what is remembered must do
@@ -2387,7 +2452,7 @@ class Policy:
         if usage is None:
             return reply("DUNNO")
         login = event.sasl_username
-        verdict = decide(usage, settings.limits_of(login))
+        verdict = decide(usage, settings.limits_of(login, request.sasl_username))
         counted = f"Updating db: {message}/{usage.recipients}"
         if verdict is PASSED:
             reply("DUNNO")
@@ -2670,13 +2735,13 @@ class OnStop:
             os.sched_setaffinity(0, self._processors)  # of this thread, and of the programs that it starts
         while not closing.is_set():
             self.turn(closing)
-            self._gather(max(0.0, self._next_run - self._clock()) if self._lines else None)
-        self._gather(0)
+            self.gather(max(0.0, self._next_run - self._clock()) if self._lines else None)
+        self.gather(0)
 
     def turn(self, closing: threading.Event) -> None:
         """Run the program with what waits: at once, then at most once in three minutes; each minute while it fails."""
         now = self._clock()
-        self._gather(0)
+        self.gather(0)
         if not self._lines or now < self._next_run:
             return
         told = len(self._lines)
@@ -2689,7 +2754,8 @@ class OnStop:
         if not failure:
             self._keep(self._lines[told:])
 
-    def _gather(self, patience_s: float | None) -> None:
+    def gather(self, patience_s: float | None = 0) -> None:
+        """Take what there is to tell, and keep it in the file."""
         new = []
         with contextlib.suppress(queue.Empty):
             new.append(self._new.get(timeout=patience_s))
@@ -2829,7 +2895,7 @@ class Daemon:
         self._server = PolicyServer(settings.bind, settings.port, self._policy)
         self.listens_on = self._server.listens_on
         self._closing = threading.Event()
-        housekeeper = Housekeeper(self._repository, watch, self._policy, lambda: self._recorder.down_s() is None)
+        housekeeper = Housekeeper(self._repository, watch, self._policy, self._has_all_events)
         accept = functools.partial(self._server.serve_forever, 0.1)
         sweep, tell = (functools.partial(part.run, self._closing) for part in (housekeeper, self._on_stop))
         self._threads = [threading.Thread(target=work, daemon=True) for work in (accept, self.publish, sweep, tell)]
@@ -2854,6 +2920,10 @@ class Daemon:
             log.tick(time.monotonic())
             if self.is_well():
                 sd_notify("WATCHDOG=1", f"STATUS={self.status()}")
+
+    def _has_all_events(self) -> bool:
+        """Tell whether the store is there, and the journal has none of its events any more."""
+        return self._recorder.down_s() is None and self._recorder.journal.is_empty()
 
     def is_well(self) -> bool:
         """Tell whether no event waits for too long and no thread of ours has died: else only a restart helps."""
@@ -2934,6 +3004,7 @@ class Daemon:
         self._recorder.stop(max(0.1, deadline - time.monotonic()))
         for thread in self._threads:
             thread.join(max(0.1, deadline - time.monotonic()))
+        self._on_stop.gather()  # of what the recorder has just recorded, which nobody else will be told of again
         self._repository.close()
         log.info(f"policyd ends; {status}")
 
@@ -3011,6 +3082,7 @@ def _check_listening(settings: Settings) -> str:
         PolicyServer(settings.bind, settings.port, policy).server_close()
     except OSError as error:
         if error.errno == errno.EADDRINUSE and _ask_over_the_wire(socket.socket(family), address):
+            print(f"a request on {name} is answered")
             return ""
         return f"cannot listen on {wire_name(settings.bind, settings.port)}: {error.strerror or error}"
     ours, theirs = socket.socketpair()
@@ -3026,6 +3098,9 @@ def check(settings: Settings) -> list[str]:
     if not os.access(statedir, os.W_OK | os.X_OK):
         is_there = "cannot be written" if os.path.isdir(statedir) else "is not there"
         problems.append(f"statedir {statedir} {is_there}: in an outage events would be counted in memory only")
+    journal = settings.state_file("journal.sqlite3")
+    if os.path.exists(journal) and not os.access(journal, os.R_OK | os.W_OK):
+        problems.append(f"{journal} cannot be read and written: try chown policyd: {journal}")
     if settings.port < 1024 and not settings.bind.startswith("/"):
         problems.append(f"port={settings.port}: under unit.service policyd may not listen below 1024")
     if settings.on_stop and not shutil.which(settings.on_stop[0]):
@@ -3055,8 +3130,8 @@ def _init_database(settings: Settings, is_from_embedded: bool) -> int:
         embedded = Journal(settings.state_file("events.sqlite3"))
         embedded.look()
         moved = 0
-        while slice_ := embedded.replay(repository, time.monotonic() + DAY_S):
-            moved += len(slice_)
+        while embedded.can_move():
+            moved += len(embedded.replay(repository, time.monotonic() + DAY_S))
         print(f"moved {moved} events of the embedded store")
         if not embedded.is_empty():
             return _fail(f"{embedded.trouble}: what stays there would be moved again")

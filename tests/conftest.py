@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -36,9 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("server")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Any:
-    """A skipped test is a failed one: what a test needs must be there."""
+def _fail_what_is_skipped() -> Any:
     report = yield
     if report.skipped:
         report.outcome = "failed"
@@ -46,14 +45,9 @@ def pytest_runtest_makereport() -> Any:
     return report
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report() -> Any:
-    """The same for a file that skips itself."""
-    report = yield
-    if report.skipped:
-        report.outcome = "failed"
-        report.longrepr = f"skipped, and no test may be: {report.longrepr}"
-    return report
+# A skipped test is a failed one, what a test needs must be there; the same for a file that skips itself.
+pytest_runtest_makereport = pytest.hookimpl(wrapper=True)(_fail_what_is_skipped)
+pytest_make_collect_report = pytest.hookimpl(wrapper=True)(_fail_what_is_skipped)
 
 
 @pytest.fixture
@@ -84,16 +78,30 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return MariaStore(database)
 
 
+@contextlib.contextmanager
+def running(request: pytest.FixtureRequest, server: MariaDB | Postfix, begin: Callable[[], None]) -> Iterator[Any]:
+    try:
+        begin()
+        request.config.get_terminal_writer().line(f"{type(server).__name__} {server.version}")
+        yield server
+    finally:
+        server.remove()
+
+
 @pytest.fixture(scope="session")
 def mariadb(request: pytest.FixtureRequest) -> Iterator[MariaDB]:
     """A private mariadbd."""
     server = MariaDB()
-    try:
-        server.install()
-        request.config.get_terminal_writer().line(f"MariaDB {server.version}")
+    with running(request, server, server.install):
         yield server
-    finally:
-        server.remove()
+
+
+@pytest.fixture(scope="session")
+def postfix(request: pytest.FixtureRequest) -> Iterator[Postfix]:
+    """A private Postfix that asks the policy server a test starts at its `policy_port`."""
+    server = Postfix()
+    with running(request, server, server.start):
+        yield server
 
 
 @pytest.fixture
@@ -110,18 +118,6 @@ def old_database(mariadb: MariaDB) -> Iterator[Database]:
     old = mariadb.new_database(OLD_SCHEMA)
     yield old
     mariadb.drop_database(old.name)
-
-
-@pytest.fixture(scope="session")
-def postfix(request: pytest.FixtureRequest) -> Iterator[Postfix]:
-    """A private Postfix that asks the policy server a test starts at its `policy_port`."""
-    server = Postfix()
-    try:
-        server.start()
-        request.config.get_terminal_writer().line(f"Postfix {server.version}")
-        yield server
-    finally:
-        server.remove()
 
 
 @pytest.fixture

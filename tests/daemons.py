@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +27,8 @@ class DaemonHere:
         settings = Settings.from_file(str(settings_file))
         self.daemon = Daemon(settings, str(settings_file), os.sched_getaffinity(0))
         self._is_listening = threading.Event()  # to signals
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
         self._is_listening.wait()
 
     def _run(self) -> None:
@@ -38,13 +38,8 @@ class DaemonHere:
 
     def signal(self, number: int) -> None:
         """Send the daemon, and nobody else in this process, a signal."""
-        assert self._thread.ident is not None
-        signal.pthread_kill(self._thread.ident, number)
-
-    def stop(self) -> None:
-        """Send SIGTERM and wait for the end."""
-        self.signal(signal.SIGTERM)
-        self._thread.join()
+        assert self.thread.ident is not None
+        signal.pthread_kill(self.thread.ident, number)
 
 
 @contextlib.contextmanager
@@ -54,7 +49,8 @@ def running_here(settings_file: Path) -> Iterator[DaemonHere]:
     try:
         yield here
     finally:
-        here.stop()
+        here.signal(signal.SIGTERM)
+        here.thread.join()
 
 
 # --- many clients ---
@@ -62,31 +58,32 @@ def running_here(settings_file: Path) -> Iterator[DaemonHere]:
 CONNECTIONS = 16
 
 
-def send(daemon: Policyd, messages: Iterable[dict[str, Any]]) -> list[str]:
-    """Ask about the messages one after the other on a connection of its own; return the answers."""
-    answers = []
+class Answer(NamedTuple):
+    """What a client got."""
+
+    asked: float  # monotonic
+    took: float  # seconds
+    action: str
+
+
+def send(daemon: Policyd, messages: Iterable[dict[str, Any]]) -> Iterator[Answer]:
+    """Ask about the messages one after the other on a connection of its own; yield the answers."""
     with daemon.connect() as connection:
         for message in messages:
+            asked = time.monotonic()
             connection.sendall(request_bytes(**message))
-            answers.append(read_answer(connection))
-    return answers
+            action = read_answer(connection)
+            yield Answer(asked, time.monotonic() - asked, action)
 
 
 def send_at_once(daemons: list[Policyd], messages: list[dict[str, Any]]) -> list[str]:
     """Ask about the messages over many connections, dealt out over the daemons; return the answers."""
     with ThreadPoolExecutor(CONNECTIONS) as threads:
         sent = [
-            threads.submit(send, daemons[n % len(daemons)], messages[n::CONNECTIONS]) for n in range(CONNECTIONS)
+            threads.submit(lambda n: [*send(daemons[n % len(daemons)], messages[n::CONNECTIONS])], n)
+            for n in range(CONNECTIONS)
         ]
-        return [answer for each in sent for answer in each.result(60)]
-
-
-class Answer(NamedTuple):
-    """What one client of a Load got."""
-
-    asked: float  # monotonic
-    took: float  # seconds
-    action: str
+        return [answer.action for each in sent for answer in each.result(60)]
 
 
 class Load:
@@ -94,12 +91,10 @@ class Load:
 
     def __init__(self, daemons: list[Policyd], clients: int, login: str = "load") -> None:
         self.answers: list[Answer] = []
-        self._login = login
         self._enough = threading.Event()
+        self._message = {"sasl_username": login}
         self._threads = ThreadPoolExecutor(len(daemons) * clients)
-        self._clients: list[Future[None]] = [
-            self._threads.submit(self._send, daemon) for daemon in daemons for _ in range(clients)
-        ]
+        self._clients = [self._threads.submit(self._send, daemon) for daemon in daemons for _ in range(clients)]
 
     def __enter__(self) -> Load:
         return self
@@ -109,12 +104,10 @@ class Load:
         self._threads.shutdown()
 
     def _send(self, daemon: Policyd) -> None:
-        with daemon.connect() as connection:
-            while not self._enough.is_set():
-                asked = time.monotonic()
-                connection.sendall(request_bytes(sasl_username=self._login))
-                action = read_answer(connection)
-                self.answers.append(Answer(asked, time.monotonic() - asked, action))
+        for answer in send(daemon, iter(lambda: self._message, None)):
+            self.answers.append(answer)
+            if self._enough.is_set():
+                return
 
     def wait_for_more(self, number: int) -> None:
         """Wait until so many more have been answered."""
@@ -144,10 +137,8 @@ def errors(daemon: Policyd) -> list[LogLine]:
     return [line for line in daemon.log_lines() if line.level == "err"]
 
 
-def end_of_outage(daemon: Policyd, count: int = 1) -> int:
-    """Wait for the line that tells the end of the `count`th outage; return the number of events replayed."""
-    end = daemon.wait_for_log(ENDS, timeout=BACK_S, count=count)
+def end_of_outage(daemon: Policyd) -> int:
+    """Wait for the line that tells the end of the outage; return the number of events replayed."""
+    end = daemon.wait_for_log(ENDS, BACK_S)
     assert (end.facility, end.level) == ("daemon", "err")
-    match = ENDS.fullmatch(end.text)
-    assert match
-    return int(match[2])
+    return int(ENDS.fullmatch(end.text)[2])  # type: ignore[index]

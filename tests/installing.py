@@ -40,11 +40,9 @@ def refusal(result: Result) -> str:
 
 def package(directory: Path) -> Path:
     """Make the package for Debian without a network, and by anybody; return it."""
-    as_anybody = [] if os.geteuid() == 0 else ["--user", "--map-current-user"]
-    said = succeeded(subprocess.run(
-        [program("unshare", "util-linux"), "--net", *as_anybody, ROOT / "scripts/build-deb.sh", directory],
-        capture_output=True, text=True, timeout=120,
-    ))  # fmt: skip
+    alone = [program("unshare", "util-linux"), "--net", *["--user", "--map-current-user"] * (os.geteuid() != 0)]
+    command = [*alone, str(ROOT / "scripts/build-deb.sh"), str(directory)]
+    said = succeeded(subprocess.run(command, capture_output=True, text=True, timeout=120))
     made = directory / f"policyd_{policyd.__version__}_all.deb"
     assert said == f"Made: {made}\n"
     return made

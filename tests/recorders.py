@@ -1,4 +1,4 @@
-"""What runs a Recorder in a test: with its threads or by hand, over stores that wait or fail when they are told to."""
+"""What runs a Recorder in a test: with its threads or by hand, over a store that fails when it is told to."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import contextlib
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from stores import GENEROUS, Clock
 
-from policyd import Event, Journal, Recorder, Repository, RepositoryUnavailable, Settings, SQLiteRepository, Usage
+from policyd import Event, Journal, Recorder, Repository, RepositoryUnavailable, SQLiteRepository, Usage
 
 PATIENCE_S = 20  # for what comes at once, unless the machine is very busy
 
@@ -40,56 +41,23 @@ class Waiter:
         return self.answers[0]
 
 
-# --- stores that wait or fail ---
-
-
-class GatedRepository:
-    """A real store behind a gate that can be shut; it remembers what came through it."""
-
-    def __init__(self, store: Repository) -> None:
-        self._store = store
-        self.gate = threading.Event()
-        self.gate.set()
-        self.waiting = threading.Event()  # set when somebody has come to the gate
-        self.batches: list[Sequence[Event]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
-        self.batches.append(events)
-        self.waiting.set()
-        assert self.gate.wait(PATIENCE_S)
-        return self._store.insert(events, deadline, times)
-
-
 class BreakableRepository(SQLiteRepository):
     """An embedded store of which the methods named in `broken` fail: as if it were away, or with a fault of ours."""
 
-    def __init__(self, path: str, clock: Clock | None = None) -> None:
-        super().__init__(path, *([clock] if clock else []))
+    def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(path, clock)
         self.broken: frozenset[str] = frozenset()
         self.fault: type[Exception] = RepositoryUnavailable
-        self.checks = 0
+        for method in AWAY:
+            setattr(self, method, self._breakable(method, getattr(self, method)))
 
-    def _pass(self, method: str) -> None:
-        if method in self.broken:
-            raise self.fault(f"{method} is broken")
+    def _breakable(self, method: str, sound: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            if method in self.broken:
+                raise self.fault(f"{method} is broken")
+            return sound(*arguments)
 
-    def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
-        self._pass("insert")
-        if times:
-            self._pass("replay")
-        return super().insert(events, deadline, times)
-
-    def usages(self, events: Sequence[Event], settings: Settings, deadline: float) -> list[Usage]:
-        self._pass("usages")
-        return super().usages(events, settings, deadline)
-
-    def check(self, deadline: float) -> str:
-        self.checks += 1
-        self._pass("check")
-        return super().check(deadline)
+        return call
 
 
 AWAY = frozenset(("insert", "usages", "check"))
@@ -101,9 +69,6 @@ def written_by_another(path: Path) -> Iterator[None]:
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         yield
-
-
-# --- by hand ---
 
 
 class ByHand:
@@ -147,36 +112,18 @@ class ByHand:
         self.journal.close()
 
 
-# --- with threads ---
-
-
 def is_well(recorder: Recorder) -> bool:
     """Tell whether the store is there, and has all that the journal had."""
     return recorder.down_s() is None and recorder.journal.waiting == 0
 
 
 @contextlib.contextmanager
-def recording(
-    repository: Repository, journal: Path | None = None, settings: Settings = GENEROUS
-) -> Iterator[Recorder]:
-    """Run a Recorder, with this journal or with one of its own."""
+def recording(repository: Repository, journal: Path | None = None) -> Iterator[Recorder]:
+    """Run a Recorder with its threads, with this journal or with one of its own."""
     with tempfile.TemporaryDirectory() as directory:
-        recorder = Recorder(repository, Journal(str(journal or Path(directory, "journal.sqlite3"))), settings)
+        recorder = Recorder(repository, Journal(str(journal or Path(directory, "journal.sqlite3"))), GENEROUS)
         recorder.start()
         try:
             yield recorder
         finally:
             recorder.stop(PATIENCE_S)
-
-
-@contextlib.contextmanager
-def shut(gated: GatedRepository, recorder: Recorder) -> Iterator[Waiter]:
-    """Let the Recorder wait at the gate with one event, while the block records more."""
-    gated.gate.clear()
-    gated.waiting.clear()
-    first = Waiter(recorder, Event("the first", "s@example.org", "192.0.2.1", 1))
-    assert gated.waiting.wait(PATIENCE_S)
-    try:
-        yield first
-    finally:
-        gated.gate.set()

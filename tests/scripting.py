@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
+from importlib import machinery, util
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from servers import ROOT
-from stores import Store
+from stores import SQLiteStore, Store
 
 ADMIN = ROOT / "scripts" / "policyd-admin"
-TOP20 = ROOT / "scripts" / "policyd-top20.sh"
-PYTHON_FIRST = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # which has the driver
-HOUR_S = 3600
-DAY_S = 86_400
-NOBODY = 65534
+HOUR_S, DAY_S = 3600, 86_400
+# The Python that has the driver, and no Postfix unless one is named.
+PYTHON_FIRST = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+ENVIRONMENT = {"PATH": PYTHON_FIRST, "MAIL_CONFIG": "/nonexistent", "TZ": "UTC"}
 
 STRANGE_LOGIN = "\x1b]0;owned\x07\u009b31m\té"
 STRANGE_LOGIN_SHOWN = r"\x1b]0;owned\x07\x9b31m\t\xe9"
@@ -26,11 +31,9 @@ STRANGE_LOGIN_SHOWN = r"\x1b]0;owned\x07\x9b31m\t\xe9"
 HOSTILE = [
     "a\rBcc: y@example.net", "\x1b]0;owned\x07\x1b[31m", "\x7f\x08\x08\t", "=?utf-8?q?x=0aBcc:_y?=", "$(touch touched)",
     "`touch touched`", "; touch touched", "a' ; touch touched ; '", '"; touch touched; "', "a|touch touched&", "!!",
-    "*",
-    "~root", "$HOME", "#", "-rf", "--yes", "-c/etc/passwd", "--", "release", "delete", ".", ".quit",
-    "a\\nblacklist=0/0",
-    "a\\c", "%s%n", "josé", "жанна", "\u2028Bcc: y", "\u202egnitrats", "x" * 250, "é" * 250, "' " * 100 + "x", "a b",
-    "0.0.0.0/0", "192.0.2.1", "blacklist=carla", "#comment",
+    "*", "~root", "$HOME", "#", "-rf", "--yes", "-c/etc/passwd", "--", "release", "delete", ".", ".quit",
+    "a\\nblacklist=0/0", "a\\c", "%s%n", "josé", "жанна", "\u2028Bcc: y", "\u202egnitrats", "x" * 250, "é" * 250,
+    "' " * 100 + "x", "a b", "0.0.0.0/0", "192.0.2.1", "blacklist=carla", "#comment",
 ]  # fmt: skip
 
 
@@ -44,6 +47,11 @@ class Entry(NamedTuple):
     client: str = "192.0.2.1"
 
 
+def incident(age_s: float, login: str, rule: str) -> Entry:
+    """Return the row of an incident."""
+    return Entry(age_s, login, None, "", rule)
+
+
 def fill(store: Store, *entries: Entry) -> None:
     """Put rows in."""
     for number, entry in enumerate(entries):
@@ -51,9 +59,11 @@ def fill(store: Store, *entries: Entry) -> None:
         store.add([(entry.login, sender, entry.client, entry.recipients)], entry.age_s)
 
 
-def incident(age_s: float, login: str, rule: str) -> Entry:
-    """Return the row of an incident."""
-    return Entry(age_s, login, None, "", rule)
+def embedded(directory: Path, *entries: Entry) -> SQLiteStore:
+    """Return a new embedded store with these rows."""
+    store = SQLiteStore(directory / "events.sqlite3")
+    fill(store, *entries)
+    return store
 
 
 def settings_file(directory: Path, settings: dict[str, str], *lines: str) -> Path:
@@ -63,22 +73,63 @@ def settings_file(directory: Path, settings: dict[str, str], *lines: str) -> Pat
     return path
 
 
-def run(
-    *arguments: object,
-    program: Path = ADMIN,
-    text: str | None = None,
-    user: int | None = None,
-    cwd: Path | None = None,
-    **environment: str,
-) -> subprocess.CompletedProcess[str]:
-    """Run policyd-admin as this user, or as another one who is in no group; with no Postfix unless one is named."""
-    python = sys.executable if user is None else "/usr/bin/python3"  # that of root is not for everybody
-    command = [python, str(program)] if program.suffix != ".sh" else ["sh", str(program)]
-    return subprocess.run(
-        [*command, *map(str, arguments)], input=text, stdin=subprocess.DEVNULL if text is None else None,
-        env={**os.environ, "PATH": PYTHON_FIRST, "MAIL_CONFIG": "/nonexistent", "TZ": "UTC", **environment}, cwd=cwd,
-        capture_output=True, text=True, timeout=60, user=user, group=user, extra_groups=None if user is None else [],
-    )  # fmt: skip
+@functools.cache
+def policyd_admin() -> Any:
+    """Return the program as a module, loaded once; the policyd that it loads is not the one of the tests."""
+    ours = sys.modules["policyd"]
+    spec: Any = util.spec_from_loader("policyd_admin", machinery.SourceFileLoader("policyd_admin", str(ADMIN)))
+    module = util.module_from_spec(spec)
+    with mock.patch.object(sys, "dont_write_bytecode", True):
+        spec.loader.exec_module(module)
+    sys.modules["policyd"] = ours
+    return module
+
+
+def run(*arguments: object, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Call policyd-admin in this process, since most of a process's time goes into its start."""
+    words, out, err = ["policyd-admin", *map(str, arguments)], io.StringIO(), io.StringIO()
+    streams = {"stdin": io.StringIO(text), "stdout": out, "stderr": err}
+    with mock.patch.dict(os.environ, {**ENVIRONMENT, **environment}), mock.patch.multiple(sys, argv=words, **streams):
+        time.tzset()
+        try:
+            status = policyd_admin().main()
+        except SystemExit as end:
+            status = end.code
+    time.tzset()
+    return subprocess.CompletedProcess(words, int(status or 0), out.getvalue(), err.getvalue())
+
+
+def run_process(*command: object, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run policyd-admin, or another program, in a process of its own."""
+    environment = {**os.environ, **ENVIRONMENT, **how.pop("env", {})}
+    how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "timeout": 60, **how}
+    return subprocess.run(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True, **how)
+
+
+def pasted(commands: Iterable[str], directory: Path) -> list[list[str]]:
+    """Let one shell run commands there; return the words that each policyd-admin among them was called with."""
+    for name, line in (("policyd-admin", """printf '%s\\0' "$@" '' >>words"""), ("systemctl", "")):
+        (directory / name).write_text(f"#!/bin/sh\n{line}\n")
+        (directory / name).chmod(0o755)
+    (directory / "words").write_text("")
+    done = run_process("sh", "-c", "\n".join(commands), cwd=directory, env={"PATH": f"{directory}:{PYTHON_FIRST}"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done
+    assert not (directory / "touched").exists()
+    return [call.split("\0") for call in (directory / "words").read_bytes().decode().split("\0\0")[:-1]]
+
+
+def program(directory: Path, name: str, text: str) -> dict[str, str]:
+    """Put a program there; return an environment in which it is found first."""
+    (directory / name).write_text(f"#!/bin/sh\n{text}\n")
+    (directory / name).chmod(0o755)
+    return {"PATH": f"{directory}:{os.environ['PATH']}"}
+
+
+def journal(directory: Path, *lines: str) -> dict[str, str]:
+    """Return an environment in which journalctl has these lines, of now and in its own form."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S+0000", time.gmtime())
+    (directory / "lines").write_text("".join(f"{stamp} relay1 {line}\n" for line in lines))
+    return program(directory, "journalctl", f'exec cat "{directory}/lines"')
 
 
 def printed(result: subprocess.CompletedProcess[str]) -> str:
@@ -95,12 +146,13 @@ def printed(result: subprocess.CompletedProcess[str]) -> str:
 def objects(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     """Return what it printed with --json."""
     assert (result.returncode, result.stderr) == (0, ""), result
+    assert re.fullmatch(r"[ -~\n]*", result.stdout), result.stdout
     return list(json.loads(result.stdout))
 
 
-def refusal(result: subprocess.CompletedProcess[str], status: int = 1) -> str:
-    """Return the one line that says why nothing was done."""
-    assert (result.returncode, result.stdout) == (status, ""), result
+def refusal(result: subprocess.CompletedProcess[str], status: int = 1, has_plan: bool = False) -> str:
+    """Return the one line that says why nothing was done, perhaps behind the plan of what would have been."""
+    assert (result.returncode, bool(result.stdout)) == (status, has_plan), result
     line = re.fullmatch(r"policyd-admin: ([ -~]+)\n", result.stderr)
     assert line, result
     return line[1]
@@ -109,17 +161,6 @@ def refusal(result: subprocess.CompletedProcess[str], status: int = 1) -> str:
 def commands_in(text: str) -> list[str]:
     """Return the commands that a text offers to paste."""
     return re.findall(r"^  ((?:policyd-admin|printf|on_stop=).*)$", text, re.MULTILINE)
-
-
-def paste(command: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command as it stands, with our policyd-admin on the PATH and a systemctl that does nothing."""
-    for name, target in (("policyd-admin", ADMIN), ("systemctl", Path("/bin/true"))):
-        if not (directory / name).exists():
-            (directory / name).symlink_to(target)
-    return subprocess.run(
-        ["sh", "-c", command], cwd=directory, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
-        env={**os.environ, "MAIL_CONFIG": "/nonexistent", "PATH": f"{directory}:{PYTHON_FIRST}", **environment},
-    )  # fmt: skip
 
 
 def facts(report: str) -> dict[str, str]:

@@ -1,9 +1,8 @@
 """The real servers the tests run against: MariaDB, policyd itself, and Postfix.
 
-Each server is private: its own temporary directory, its own port on 127.0.0.1, started as a child
-of the tests and ended by its pid.  Each is awaited through an answer of its own, never by a sleep
-of a fixed length.  Only the standard library and pytest are imported here; PyMySQL is imported
-where MariaDB is asked, so that tests without a server need no driver.
+Each server is private: its own temporary directory, its own port on 127.0.0.1, started as a child of the tests and
+ended by its pid.  Each is awaited through an answer of its own, never by a sleep.  PyMySQL is imported where MariaDB is
+asked, so that tests without a server need no driver.
 """
 
 from __future__ import annotations
@@ -111,14 +110,72 @@ def end(process: subprocess.Popen[Any], timeout: float = STOP_TIMEOUT_S) -> int:
     return process.wait()
 
 
+class Server:
+    """A child with a directory of its own."""
+
+    def __init__(self) -> None:
+        self.directory = temporary_directory()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The process that runs, or ran last; a new one after each start."""
+        assert self._process is not None, "not started yet"
+        return self._process
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def _spawn(self, command: Sequence[str], output: Any = subprocess.DEVNULL, **environment: str) -> None:
+        self._process = subprocess.Popen(
+            command, env={**os.environ, **environment}, cwd=self.directory, stdin=subprocess.DEVNULL,
+            stdout=output, stderr=output,
+        )
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def stop(self) -> int:
+        """Let it end in good order; return the exit status."""
+        return end(self.process)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def freeze(self) -> None:
+        """Let it hang: its port accepts, nobody answers."""
+        self.signal(signal.SIGSTOP)
+        wait_until(lambda: set(self._states()) == {"T"}, "each thread of the server has stopped")
+
+    def _states(self) -> Iterator[str]:
+        """Yield the state of each thread, a letter as in proc(5)."""
+        for status in Path(f"/proc/{self.pid}/task").glob("*/status"):
+            with contextlib.suppress(OSError):  # it has just ended
+                yield re.search(r"^State:\s+(\S)", status.read_text(), re.MULTILINE)[1]
+
+    def thaw(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    def remove(self) -> None:
+        try:
+            if self._process is not None:
+                self.stop()
+        finally:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+# --- what a daemon tells others ---
+
+
 def pattern(needle: str | re.Pattern[str]) -> re.Pattern[str]:
     """Return a pattern that finds `needle` as it is written, or as a regular expression."""
     if isinstance(needle, re.Pattern):
         return needle
-    try:
+    with contextlib.suppress(re.error):
         return re.compile(f"{re.escape(needle)}|{needle}")
-    except re.error:
-        return re.compile(re.escape(needle))
+    return re.compile(re.escape(needle))
 
 
 class Inbox:
@@ -127,9 +184,8 @@ class Inbox:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._messages: list[str] = []
-        self._marks_sent = 0
-        self._marks_seen = 0
-        self._changed = threading.Condition()  # guards the two above; notified at each datagram
+        self._marks_sent = self._marks_seen = 0
+        self._changed = threading.Condition()  # guards the above; notified at each datagram
         self._is_reading = threading.Event()
         self._is_reading.set()
         self._is_closed = False
@@ -157,10 +213,11 @@ class Inbox:
 
     def messages(self) -> list[str]:
         """Return every message sent so far: a mark of our own, queued behind them, comes back first."""
-        if self._is_reading.is_set() and not self._is_closed:
+        is_read = self._is_reading.is_set() and not self._is_closed
+        if is_read:
             self._send_mark()
         with self._changed:
-            if self._is_reading.is_set() and not self._is_closed:
+            if is_read:
                 assert self._changed.wait_for(lambda: self._marks_seen == self._marks_sent, STOP_TIMEOUT_S)
             return list(self._messages)
 
@@ -181,25 +238,23 @@ class Inbox:
         self._send_mark()  # the thread may be waiting for a message: let it see the change
 
     def resume(self) -> None:
-        """Read again."""
         self._is_reading.set()
 
     def close(self) -> None:
         """Take what is left and end the thread.  The messages stay readable."""
-        if self._is_closed:
-            return
-        self.resume()
-        self.messages()
-        self._is_closed = True
-        self._send_mark()
-        self._thread.join(STOP_TIMEOUT_S)
-        self._socket.close()
+        if not self._is_closed:
+            self.resume()
+            self.messages()
+            self._is_closed = True
+            self._send_mark()
+            self._thread.join(STOP_TIMEOUT_S)
+            self._socket.close()
 
 
 # --- MariaDB ---
 
 
-class MariaDB:
+class MariaDB(Server):
     """A private mariadbd in a temporary directory; or the mariadbd or mysqld that POLICYD_TEST_SERVER names."""
 
     host = "127.0.0.1"
@@ -207,17 +262,16 @@ class MariaDB:
     password = "p#a\"s's\\w%rd"  # all that a settings file, a shell or SQL could stumble over
 
     def __init__(self, buffer_pool: str = "32M") -> None:
+        super().__init__()
         self._buffer_pool = buffer_pool
         self._server = os.environ.get("POLICYD_TEST_SERVER") or program("mariadbd", "mariadb-server")
         named = subprocess.run([self._server, "--no-defaults", "--version"], capture_output=True, text=True, check=True)
         self.is_mysql = "MariaDB" not in named.stdout
-        self.directory = temporary_directory()
         self.port = free_port()
         self.socket = str(self.directory / "socket")
         self._log = self.directory / "log.err"
         self._as_user = ["--user=root"] if os.geteuid() == 0 else []
         self._names = itertools.count(1)
-        self._process: subprocess.Popen[bytes] | None = None
 
     def install(self) -> None:
         """Create the system tables, with a root that needs no password on our socket, and our user."""
@@ -239,25 +293,12 @@ class MariaDB:
         self.query(f"CREATE USER '{self.user}'@'127.0.0.1' IDENTIFIED BY %s", (self.password,))
 
     @property
-    def process(self) -> subprocess.Popen[bytes]:
-        """The running server; a new one after each start."""
-        assert self._process is not None, "not started yet"
-        return self._process
-
-    @property
-    def pid(self) -> int:
-        """The process id of the running server."""
-        return self.process.pid
-
-    @property
     def version(self) -> str:
-        """What the server says it is."""
         return str(self.query("SELECT VERSION()")[0][0])
 
     def start(self) -> None:
-        """Start the server and wait until it answers."""
         self.launch()
-        wait_until(self._answers, "mariadbd answers")
+        wait_until(self._answers, "mariadbd answers", 3 * START_TIMEOUT_S)
 
     def launch(self, *options: str) -> None:
         """Start the server with more options than it needs anyway."""
@@ -265,16 +306,13 @@ class MariaDB:
         small = ["--innodb-log-file-size=32M", "--aria-pagecache-buffer-size=1M"]
         if self.is_mysql:
             small = ["--innodb-redo-log-capacity=32M", "--mysqlx=OFF", "--skip-log-bin", "--secure-file-priv=NULL"]
-        self._process = subprocess.Popen(
-            [self._server, "--no-defaults", *self._as_user,
-             f"--datadir={self.directory / 'data'}", f"--tmpdir={self.directory}",
-             f"--socket={self.socket}", f"--port={self.port}", f"--bind-address={self.host}",
-             f"--pid-file={self.directory / 'pid'}", f"--log-error={self._log}",
-             "--skip-name-resolve", "--performance-schema=OFF", f"--innodb-buffer-pool-size={self._buffer_pool}",
-             "--key-buffer-size=1M", *small, *options],
-            env={**os.environ, "PATH": PATH}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        self._spawn([
+            self._server, "--no-defaults", *self._as_user, f"--datadir={self.directory / 'data'}",
+            f"--tmpdir={self.directory}", f"--socket={self.socket}", f"--port={self.port}",
+            f"--bind-address={self.host}", f"--pid-file={self.directory / 'pid'}", f"--log-error={self._log}",
+            "--skip-name-resolve", "--performance-schema=OFF", f"--innodb-buffer-pool-size={self._buffer_pool}",
+            "--key-buffer-size=1M", *small, *options,
+        ], PATH=PATH)  # fmt: skip
 
     def _answers(self) -> bool:
         import pymysql
@@ -291,16 +329,18 @@ class MariaDB:
             self.start()
         self.thaw()
 
-    def query(self, sql: str, args: tuple[Any, ...] = (), database: str | None = None) -> list[tuple[Any, ...]]:
-        """Run one statement as root, committed at once, and return its rows."""
+    def connect(self, database: str | None, autocommit: bool = False) -> Any:
         import pymysql
 
-        connection = pymysql.connect(
-            unix_socket=self.socket, user="root", database=database, charset="utf8mb4", autocommit=True,
+        return pymysql.connect(
+            unix_socket=self.socket, user="root", database=database, charset="utf8mb4", autocommit=autocommit,
             connect_timeout=5, read_timeout=60, write_timeout=60,
             ssl_disabled=True,  # reading the system's certificates takes longer than all the rest
         )
-        with contextlib.closing(connection), connection.cursor() as cursor:
+
+    def query(self, sql: str, args: tuple[Any, ...] = (), database: str | None = None) -> list[tuple[Any, ...]]:
+        """Run one statement as root, committed at once, and return its rows."""
+        with contextlib.closing(self.connect(database, True)) as connection, connection.cursor() as cursor:
             cursor.execute(sql, args or None)
             return list(cursor.fetchall())
 
@@ -309,50 +349,17 @@ class MariaDB:
         self.ensure_running()
         name = f"policyd{next(self._names)}"
         self.query(f"CREATE DATABASE {name}")
-        self.query(self.its_words(table_sql), database=name)
+        if self.is_mysql:  # go-policyd's table as MySQL takes it: with milliseconds in its default, too
+            table_sql = re.sub(r"CURRENT_TIMESTAMP\b(?!\()", "CURRENT_TIMESTAMP(3)", table_sql)
+        self.query(table_sql, database=name)
         rights = "SELECT, INSERT, UPDATE, DELETE, CREATE, ALTER"
         self.query(f"GRANT {rights} ON {name}.* TO '{self.user}'@'127.0.0.1'")
         return Database(self, name)
 
-    def its_words(self, table_sql: str) -> str:
-        """Return go-policyd's table as MySQL takes it: with milliseconds in its default, too."""
-        return re.sub(r"CURRENT_TIMESTAMP\b(?!\()", "CURRENT_TIMESTAMP(3)", table_sql) if self.is_mysql else table_sql
-
     def drop_database(self, name: str) -> None:
-        """Remove a database and our user's rights on it."""
         self.ensure_running()
         self.query(f"REVOKE ALL PRIVILEGES ON {name}.* FROM '{self.user}'@'127.0.0.1'")
         self.query(f"DROP DATABASE {name}")
-
-    def stop(self) -> None:
-        """Shut the server down in good order."""
-        end(self.process)
-
-    def kill(self) -> None:
-        """Take the server away at once, as a crash does."""
-        self.process.kill()
-        self.process.wait()
-
-    def freeze(self) -> None:
-        """Let the server hang: its port accepts, nobody answers."""
-        self.process.send_signal(signal.SIGSTOP)
-        wait_until(lambda: set(self._states()) == {"T"}, "each thread of the server has stopped")
-
-    def _states(self) -> Iterator[str]:
-        """Yield the state of each thread, a letter as in proc(5)."""
-        for status in Path(f"/proc/{self.pid}/task").glob("*/status"):
-            with contextlib.suppress(OSError):  # it has just ended
-                yield re.search(r"^State:\s+(\S)", status.read_text(), re.MULTILINE)[1]
-
-    def thaw(self) -> None:
-        """End a freeze."""
-        self.process.send_signal(signal.SIGCONT)
-
-    def remove(self) -> None:
-        """Stop the server and remove all it wrote."""
-        if self._process is not None:
-            self.stop()
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 class Database(NamedTuple):
@@ -362,18 +369,12 @@ class Database(NamedTuple):
     name: str
 
     def query(self, sql: str, args: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        """Run one statement in this database as root and return its rows."""
         return self.server.query(sql, args, database=self.name)
 
     def settings(self) -> dict[str, str]:
-        """Return the settings that lead policyd here."""
-        return {
-            "dbhost": self.server.host,
-            "dbport": str(self.server.port),
-            "dbuser": self.server.user,
-            "dbpass": self.server.password,
-            "dbname": self.name,
-        }
+        server = self.server
+        return {"dbhost": server.host, "dbport": str(server.port), "dbuser": server.user, "dbpass": server.password,
+                "dbname": self.name}  # fmt: skip
 
 
 # --- policyd ---
@@ -405,7 +406,6 @@ class LogLine(NamedTuple):
 
     @classmethod
     def parse(cls, datagram: str) -> LogLine:
-        """Take apart what libc's syslog() sent."""
         match = SYSLOG_DATAGRAM.fullmatch(datagram)
         assert match, f"not a syslog line: {datagram!r}"
         facility, level = divmod(int(match[1]), 8)
@@ -416,18 +416,11 @@ def request_bytes(**attributes: object) -> bytes:
     """Return a request as Postfix sends it: one recipient at END-OF-MESSAGE unless told otherwise."""
     number = next(_numbers)
     request = {
-        "request": "smtpd_access_policy",
-        "protocol_state": "END-OF-MESSAGE",
-        "protocol_name": "ESMTP",
-        "client_address": "192.0.2.1",
-        "sender": "alice@example.org",
-        "recipient_count": 1,
-        "queue_id": f"4Xk{number:X}",
-        "instance": f"{os.getpid():x}.{number:x}.0",
-        "sasl_method": "PLAIN",
-        "sasl_username": "alice",
-        **attributes,
-    }
+        "request": "smtpd_access_policy", "protocol_state": "END-OF-MESSAGE", "protocol_name": "ESMTP",
+        "client_address": "192.0.2.1", "sender": "alice@example.org", "recipient_count": 1,
+        "queue_id": f"4Xk{number:X}", "instance": f"{os.getpid():x}.{number:x}.0",
+        "sasl_method": "PLAIN", "sasl_username": "alice", **attributes,
+    }  # fmt: skip
     return "".join(f"{name}={value}\n" for name, value in request.items()).encode() + b"\n"
 
 
@@ -452,27 +445,32 @@ def read_to_end(connection: socket.socket) -> bytes:
     return answers
 
 
-class Policyd:
+class Policyd(Server):
     """The daemon of this repository, as a child process that takes us for syslogd and systemd.
 
-    `settings` become the settings file, one line each, a list one line per entry; `text` replaces them.
-    Unless they say otherwise it listens on a free port of 127.0.0.1 and keeps its files in a temporary
-    directory.  `environment` is added to our own.  `mounts` are commands for a shell that sees the world as the
-    daemon does, before it starts; what they mount is seen by nobody else, and `its_view` leads there.
+    `settings` become the settings file, one line each, a list one line per entry; `text` replaces them.  Unless they
+    say otherwise it listens on a free port of 127.0.0.1 and keeps its files in its directory.  `environment` is added
+    to our own.  `mounts` are commands for a shell that sees the world as the daemon does, before it starts; what they
+    mount is seen by nobody else, and `its_view` leads there.
     """
 
     def __init__(
         self, text: str | None = None, environment: dict[str, str] | None = None, mounts: str = "", **settings: Any
     ) -> None:
-        self.directory = temporary_directory()
+        super().__init__()
         self.settings_file = self.directory / "policyd.cfg"
         self.write_settings(text, **settings)
         self.environment = environment or {}
         self.mounts = mounts
         self.syslog = Inbox(self.directory / "syslog")
         self.notify = Inbox(self.directory / "notify")
-        self._make_dev()
         self._connection: socket.socket | None = None
+        self.dev = self.directory / "dev"
+        self.dev.mkdir()
+        for name in ("null", "zero", "random", "urandom"):
+            (self.dev / name).touch()
+        (self.dev / "fd").symlink_to("/proc/self/fd")
+        (self.dev / "log").symlink_to(self.syslog.path)
 
     def write_settings(self, text: str | None = None, **settings: Any) -> None:
         """Write the settings file, also while the daemon runs; what is not named stays out of it."""
@@ -480,11 +478,8 @@ class Policyd:
             if not str(settings.get("bind", "")).startswith("/"):
                 settings.setdefault("port", getattr(self, "port", None) or free_port())
             settings.setdefault("statedir", self.directory / "state")
-            text = "".join(
-                f"{key}={value}\n"
-                for key, values in settings.items()
-                for value in (values if isinstance(values, (list, tuple)) else [values])
-            )
+            lists = {key: value if isinstance(value, (list, tuple)) else [value] for key, value in settings.items()}
+            text = "".join(f"{key}={value}\n" for key, values in lists.items() for value in values)
         self.settings_file.write_bytes(text.encode())
         self.settings_file.chmod(0o640)
         in_force = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in text.splitlines())}
@@ -493,27 +488,16 @@ class Policyd:
         self.statedir = Path(in_force.get("statedir", self.directory / "state"))
         self.statedir.mkdir(exist_ok=True)
 
-    def _make_dev(self) -> None:
-        self.dev = self.directory / "dev"
-        self.dev.mkdir()
-        for name in ("null", "zero", "random", "urandom"):
-            (self.dev / name).touch()
-        (self.dev / "fd").symlink_to("/proc/self/fd")
-        (self.dev / "log").symlink_to(self.syslog.path)
-
     def start(self) -> Policyd:
         """Start the daemon, also again, and wait until it says that it is ready."""
         readies = sum("READY=1" in message for message in self.notifications) + 1  # reloads send it too
         with (self.directory / "stderr").open("ab") as stderr:
-            self.process = subprocess.Popen(
-                [program("unshare", "util-linux"), "--mount",
-                 *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]),
-                 "sh", "-c", f"{self.mounts}\n{IN_PRIVATE_DEV}", "sh", str(self.dev),
-                 sys.executable, str(ROOT / "policyd.py"), "-c", str(self.settings_file)],
-                cwd=self.directory, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
-                env={**os.environ, "STATE_DIRECTORY": str(self.statedir),
-                     "NOTIFY_SOCKET": str(self.notify.path), **self.environment},
-            )
+            as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+            self._spawn([
+                program("unshare", "util-linux"), "--mount", *as_root, "sh", "-c", f"{self.mounts}\n{IN_PRIVATE_DEV}",
+                "sh", str(self.dev), sys.executable, str(ROOT / "policyd.py"), "-c", str(self.settings_file),
+            ], stderr, **{"STATE_DIRECTORY": str(self.statedir), "NOTIFY_SOCKET": str(self.notify.path),
+                          **self.environment})  # fmt: skip
         wait_until(lambda: self._is_ready(readies), "policyd is ready")
         return self
 
@@ -523,24 +507,17 @@ class Policyd:
             raise RuntimeError(f"policyd ended with status {status} before it was ready:\n{self.stderr}")
         return self.notify.wait_for("READY=1", 0.1, readies) is not None
 
-    @property
-    def pid(self) -> int:
-        """The process id of the daemon; a new one after each start."""
-        return self.process.pid
-
     def its_view(self, path: Path) -> Path:
         """Return where we find what is at `path` for the running daemon."""
         return Path(f"/proc/{self.pid}/root{path}")
 
     @property
     def stderr(self) -> str:
-        """All it wrote to stderr and stdout."""
         return (self.directory / "stderr").read_text(errors="backslashreplace")
 
     # asking
 
     def connect(self) -> socket.socket:
-        """Return a new connection to the daemon."""
         if self.bind.startswith("/"):
             connection = socket.socket(socket.AF_UNIX)
             connection.settimeout(START_TIMEOUT_S)
@@ -585,11 +562,10 @@ class Policyd:
 
     @property
     def notifications(self) -> list[str]:
-        """Every message to systemd so far."""
         return self.notify.messages()
 
     def wait_for_notification(self, needle: str | re.Pattern[str], timeout: float = 10, count: int = 1) -> str:
-        """Return the `count`th message to systemd that holds `needle`, a text or a regular expression."""
+        """Return the `count`th message to systemd that holds `needle`."""
         message = self.notify.wait_for(needle, timeout, count)
         if message is None:
             pytest.fail(f"systemd was not told within {timeout:g} s: {needle}\nit was told: {self.notifications}")
@@ -597,37 +573,31 @@ class Policyd:
 
     # ending
 
-    def signal(self, number: int) -> None:
-        """Send the daemon a signal."""
-        self.process.send_signal(number)
-
     def stop(self) -> int:
         """Send SIGTERM, wait for the end, return the exit status."""
         self.hang_up()
-        return end(self.process)
+        return super().stop()
 
     def kill(self) -> None:
-        """Take the daemon away at once, as a crash does."""
-        self.process.kill()
-        self.process.wait()
+        super().kill()
         self.hang_up()
 
     def remove(self) -> None:
         """Stop the daemon if it runs, remove its files; no traceback may ever have been shown."""
         try:
-            if hasattr(self, "process"):
+            shown = ""
+            if self._process is not None:
                 self.stop()
+                shown = self.stderr
             self.syslog.close()
             self.notify.close()
-            shown = "\n".join([*self.syslog.messages(), self.stderr if hasattr(self, "process") else ""])
+            shown += "\n".join(self.syslog.messages())
             assert "Traceback" not in shown, shown
         finally:
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def run_policyd(
-    *arguments: str, through: Sequence[str] = (), **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run_policyd(*arguments: str, through: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
     """Run policyd.py with these arguments to its end, for what it does without serving; `through` another command."""
     return subprocess.run(
         [*through, sys.executable, str(ROOT / "policyd.py"), *arguments],
@@ -732,30 +702,12 @@ class Postfix:
     def __init__(self) -> None:
         if os.geteuid() != 0:
             pytest.exit("only root can start Postfix: run as root, or leave it out with -m 'not postfix'", returncode=1)
-        self._postfix = program("postfix", "postfix")
-        self._postqueue = program("postqueue", "postfix")
-        self._postsuper = program("postsuper", "postfix")
-        self._postconf = program("postconf", "postfix")
-        self._saslpasswd = program("saslpasswd2", "sasl2-bin libsasl2-modules")
         self.directory = temporary_directory()
         self.submission_port, self.data_port, self.socket_port, self.policy_port = (free_port() for _ in range(4))
         self.policy_socket = self.directory / "policy" / "socket"
 
     def start(self) -> None:
         """Write the configuration, start Postfix and wait until it greets."""
-        self._make_directories()
-        self._write_configuration()
-        for login in self.logins:
-            self.add_login(login)
-        self.launch()
-
-    def launch(self) -> None:
-        """Start what is configured, also again, and wait until it greets."""
-        self._run(self._postfix, "start")
-        for port in (self.submission_port, self.data_port, self.socket_port):
-            wait_until(partial(self._greets, port), f"Postfix greets on port {port}")
-
-    def _make_directories(self) -> None:
         self.directory.chmod(0o755)  # Postfix and its deliveries run as users of their own
         for name in ("etc", "etc/sasl", "queue", "data", "mail", "policy"):
             (self.directory / name).mkdir()
@@ -764,36 +716,39 @@ class Postfix:
         # Set-group-id: the socket policyd makes here (mode 0660) belongs to the group of smtpd.
         shutil.chown(self.directory / "policy", group="postfix")
         (self.directory / "policy").chmod(0o2755)
+        self._write_configuration()
+        for login in self.logins:
+            self.add_login(login)
+        self.launch()
 
     def _write_configuration(self) -> None:
         mail = (self.directory / "mail").stat()
-        values = {
-            **vars(self),
-            "tcp": f"inet:127.0.0.1:{self.policy_port}",
-            "unix": f"unix:{self.policy_socket}",
-            "uid": mail.st_uid,
-            "gid": mail.st_gid,
-        }
-        for name, text in (
-            ("etc/main.cf", POSTFIX_MAIN_CF),
-            ("etc/master.cf", POSTFIX_MASTER_CF),
-            ("etc/sasl/smtpd.conf", SASL_SMTPD_CONF),
-        ):
-            (self.directory / name).write_text(text.format(**values))
+        values = {**vars(self), "uid": mail.st_uid, "gid": mail.st_gid, "unix": f"unix:{self.policy_socket}",
+                  "tcp": f"inet:127.0.0.1:{self.policy_port}"}  # fmt: skip
+        files = {"main.cf": POSTFIX_MAIN_CF, "master.cf": POSTFIX_MASTER_CF, "sasl/smtpd.conf": SASL_SMTPD_CONF}
+        for name, text in files.items():
+            (self.directory / "etc" / name).write_text(text.format(**values))
+
+    def launch(self) -> None:
+        """Start what is configured, also again, and wait until it greets."""
+        self._run("postfix", "start")
+        for port in (self.submission_port, self.data_port, self.socket_port):
+            wait_until(partial(self._greets, port), f"Postfix greets on port {port}")
 
     def add_login(self, login: str) -> None:
         """Let one more login in, with the password of all."""
         file = self.directory / "sasldb2"
         user, _, realm = login.partition("@")
+        saslpasswd = program("saslpasswd2", "sasl2-bin libsasl2-modules")
         subprocess.run(
-            [self._saslpasswd, "-p", "-c", "-f", str(file), "-u", realm or "relay.example.org", user],
+            [saslpasswd, "-p", "-c", "-f", str(file), "-u", realm or "relay.example.org", user],
             input=self.password, text=True, check=True, timeout=60,
         )
         shutil.chown(file, "postfix")
 
     def _run(self, *command: str) -> str:
         done = subprocess.run(
-            [command[0], "-c", str(self.directory / "etc"), *command[1:]],
+            [program(command[0], "postfix"), "-c", str(self.directory / "etc"), *command[1:]],
             env={**os.environ, "PATH": PATH}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
         )
         if done.returncode != 0:
@@ -807,12 +762,10 @@ class Postfix:
 
     @property
     def version(self) -> str:
-        """Its version number."""
-        return self._run(self._postconf, "-h", "mail_version").strip()
+        return self._run("postconf", "-h", "mail_version").strip()
 
     @property
     def log(self) -> str:
-        """All that Postfix has logged so far."""
         file = self.directory / "maillog"
         return file.read_text() if file.exists() else ""
 
@@ -827,7 +780,7 @@ class Postfix:
 
     def queue(self) -> dict[str, str]:
         """Return the id of each queued message, with the name of the queue it is in."""
-        listed = (json.loads(line) for line in self._run(self._postqueue, "-j").splitlines())
+        listed = (json.loads(line) for line in self._run("postqueue", "-j").splitlines())
         return {message["queue_id"]: message["queue_name"] for message in listed}
 
     def queue_name(self, queue_id: str) -> str | None:
@@ -836,10 +789,9 @@ class Postfix:
 
     def delete(self, queue_id: str) -> None:
         """Delete a queued message, or with `ALL` all of them."""
-        self._run(self._postsuper, "-d", queue_id)
+        self._run("postsuper", "-d", queue_id)
 
     def delivered(self) -> list[str]:
-        """Return the text of all messages in the maildir."""
         return [file.read_text() for file in (self.directory / "mail" / "inbox" / "new").glob("*")]
 
     def remove(self) -> None:
@@ -853,12 +805,11 @@ class Postfix:
     def stop(self) -> None:
         """Stop Postfix, for sure."""
         pid_file = self.directory / "queue" / "pid" / "master.pid"
-        if not pid_file.exists():
-            return
-        master_pid = int(pid_file.read_text())
-        try:
-            self._run(self._postfix, "stop")
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(master_pid, signal.SIGKILL)  # the master leads the process group of all its children
-            pid_file.unlink(missing_ok=True)
+        if pid_file.exists():
+            master_pid = int(pid_file.read_text())
+            try:
+                self._run("postfix", "stop")
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(master_pid, signal.SIGKILL)  # the master leads the process group of all its children
+                pid_file.unlink(missing_ok=True)

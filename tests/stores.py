@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
@@ -20,7 +21,6 @@ from policyd import (
     CODECS,
     DAY_S,
     Event,
-    Journal,
     Log,
     MariaDBRepository,
     Repository,
@@ -33,8 +33,7 @@ from policyd import (
 
 Row = tuple[str, str, str, Union[int, None]]
 
-A_DAY_LESS_A_MINUTE = DAY_S - 60
-A_DAY_AND_A_MINUTE = DAY_S + 60
+A_DAY_LESS_A_MINUTE, A_DAY_AND_A_MINUTE = DAY_S - 60, DAY_S + 60
 GENEROUS = Settings(defaultquota=10**6)  # the quota is never reached, and no history is a long one
 
 
@@ -53,9 +52,7 @@ def soon() -> float:
     return time.monotonic() + 30
 
 
-def event(
-    login: str, recipients: int | None = 1, sender: str = "s@example.org", address: str = "192.0.2.1"
-) -> Event:
+def event(login: str, recipients: int | None = 1, sender: str = "s@example.org", address: str = "192.0.2.1") -> Event:
     """Return an event of which mostly the login matters."""
     return Event(login, sender, address, recipients)
 
@@ -81,12 +78,6 @@ def count(repository: Repository, *events: Event, settings: Settings = GENEROUS)
     return sums(repository, events, settings)
 
 
-def totals(journal: Journal, *logins: str) -> dict[str, int]:
-    """Return what the journal holds of each login."""
-    found = journal.totals(logins)
-    return {login: found[login].recipients if login in found else 0 for login in logins}
-
-
 def read_settings(*lines: str, **values: object) -> Settings:
     """Read settings from a file, as the daemon does."""
     with tempfile.NamedTemporaryFile("w", suffix=".cfg") as file:
@@ -103,100 +94,98 @@ def maria_repository(database: Database, **changes: str) -> MariaDBRepository:
     return repository
 
 
-class MariaStore:
-    """A MariaDB table."""
+class Store:
+    """A table; `repository` is policyd's way to it, and `settings` lead a daemon here."""
 
-    def __init__(self, database: Database) -> None:
-        self.database = database
-        self.settings = database.settings()  # that lead a daemon here
-        self.repository: Repository = self.another()
-        found = database.query(
-            "SELECT character_maximum_length, character_set_name FROM information_schema.columns"
-            " WHERE table_schema = DATABASE() AND table_name = 'events' AND character_set_name IS NOT NULL"
-            " ORDER BY ordinal_position"
-        )
-        self._columns = [(width, CODECS[charset]) for width, charset in found]
-        self.width = found[0][0]  # of a login
+    ROWS = "SELECT sasl_username, sender, client_address, recipient_count FROM events ORDER BY ts, sasl_username"
+    TIMES: str
+    repository: Repository
+    settings: dict[str, str]
+    width: int | None = None  # of a login
 
     def another(self) -> Repository:
-        """Return a second repository, as another relay has it."""
-        return maria_repository(self.database)
+        """Return a second repository, as another relay or another process has it."""
+        raise NotImplementedError
 
     def add(self, rows: Sequence[Row], age_s: float) -> None:
         """Put in rows of this age, each a millisecond older than the one before it."""
-        values = ", ".join(["(NOW(3) - INTERVAL %s MICROSECOND, %s, %s, %s, %s)"] * len(rows))
-        arguments = [value for n, row in enumerate(rows) for value in (int(age_s * 1e6) + n * 1000, *row)]
-        self.database.query(f"INSERT INTO events VALUES {values}", tuple(arguments))
+        raise NotImplementedError
+
+    def _query(self, statement: str) -> list[Any]:
+        raise NotImplementedError
 
     def rows(self) -> list[Row]:
         """Return what is in the table, oldest first."""
-        return self.database.query(
-            "SELECT sasl_username, sender, client_address, recipient_count FROM events ORDER BY ts, sasl_username"
-        )
+        return self._query(self.ROWS)
 
     def times(self) -> list[tuple[int, str, int | None]]:
         """Return time in ms since 1970, login and recipients of each row, oldest first."""
-        return self.database.query(
-            "SELECT CAST(ROUND(UNIX_TIMESTAMP(ts) * 1000) AS SIGNED), sasl_username, recipient_count"
-            " FROM events ORDER BY ts, sasl_username"
-        )
-
-    def clear(self) -> None:
-        """Empty the table."""
-        self.database.query("DELETE FROM events")
-
-    def stored(self, event: Event) -> Row:
-        """Return the row in which an event is kept."""
-        login, sender, address = map(fit, event[:3], self._columns)
-        return login, sender, address, event.recipient_count
-
-
-class SQLiteStore:
-    """An embedded store; `path` is that of its file."""
-
-    width = None
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.settings = {"statedir": str(path.parent)}  # that lead a daemon here
-        self.repository: Repository = self.another()
-        self.repository.init()
-
-    def another(self) -> Repository:
-        """Return a second repository, as another process has it."""
-        return SQLiteRepository(str(self._path))
-
-    def _query(self, statement: str, rows: Sequence[tuple[Any, ...]] = ((),)) -> list[Any]:
-        with contextlib.closing(sqlite3.connect(self._path)) as connection, connection:
-            if len(rows) == 1:
-                return connection.execute(statement, rows[0]).fetchall()
-            return connection.executemany(statement, rows).fetchall()
-
-    def add(self, rows: Sequence[Row], age_s: float) -> None:
-        """Put in rows of this age, each a millisecond older than the one before it."""
-        newest = int((time.time() - age_s) * 1000)
-        self._query("INSERT INTO events VALUES (?, ?, ?, ?, ?)", [(newest - n, *row) for n, row in enumerate(rows)])
-
-    def rows(self) -> list[Row]:
-        """Return what is in the table, oldest first."""
-        return self._query(
-            "SELECT sasl_username, sender, client_address, recipient_count FROM events ORDER BY ts, sasl_username"
-        )
-
-    def times(self) -> list[tuple[int, str, int | None]]:
-        """Return time in ms since 1970, login and recipients of each row, oldest first."""
-        return self._query("SELECT ts, sasl_username, recipient_count FROM events ORDER BY ts, rowid")
+        return self._query(self.TIMES)
 
     def clear(self) -> None:
         """Empty the table."""
         self._query("DELETE FROM events")
 
     def stored(self, event: Event) -> Row:
-        """Return the row in which an event is kept: as it is."""
+        """Return the row in which an event is kept."""
         return event
 
 
-Store = Union[MariaStore, SQLiteStore]
+class MariaStore(Store):
+    """A MariaDB table."""
+
+    TIMES = (
+        "SELECT CAST(ROUND(UNIX_TIMESTAMP(ts) * 1000) AS SIGNED), sasl_username, recipient_count"
+        " FROM events ORDER BY ts, sasl_username"
+    )
+
+    def __init__(self, database: Database) -> None:
+        self.database, self.settings, self._query = database, database.settings(), database.query
+        self.repository = self.another()
+        found = database.query(
+            "SELECT character_maximum_length, character_set_name FROM information_schema.columns"
+            " WHERE table_schema = DATABASE() AND table_name = 'events' AND character_set_name IS NOT NULL"
+            " ORDER BY ordinal_position"
+        )
+        self._columns = [(width, CODECS[charset]) for width, charset in found]
+        self.width = found[0][0]
+
+    def another(self) -> Repository:
+        return maria_repository(self.database)
+
+    def add(self, rows: Sequence[Row], age_s: float) -> None:
+        values = ", ".join(["(NOW(3) - INTERVAL %s MICROSECOND, %s, %s, %s, %s)"] * len(rows))
+        arguments = [value for n, row in enumerate(rows) for value in (int(age_s * 1e6) + n * 1000, *row)]
+        self.database.query(f"INSERT INTO events VALUES {values}", tuple(arguments))
+
+    def stored(self, event: Event) -> Row:
+        login, sender, address = map(fit, event[:3], self._columns)
+        return login, sender, address, event.recipient_count
+
+
+class SQLiteStore(Store):
+    """An embedded store."""
+
+    TIMES = "SELECT ts, sasl_username, recipient_count FROM events ORDER BY ts, rowid"
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.settings = path, {"statedir": str(path.parent)}
+        self.repository = self.another()
+        self.repository.init()
+
+    def another(self) -> Repository:
+        return SQLiteRepository(str(self._path))
+
+    def _query(self, statement: str, *rows: tuple[Any, ...]) -> list[Any]:
+        with contextlib.closing(sqlite3.connect(self._path)) as connection, connection:
+            if rows:
+                return connection.executemany(statement, rows).fetchall()
+            return connection.execute(statement).fetchall()
+
+    def add(self, rows: Sequence[Row], age_s: float) -> None:
+        newest = int((time.time() - age_s) * 1000)
+        self._query("INSERT INTO events VALUES (?, ?, ?, ?, ?)", *((newest - n, *row) for n, row in enumerate(rows)))
+
 
 # What the fixture `store` (conftest.py) is made of.
 STORES = ("SQLite", "schema.sql", "go-policyd", "go-policyd with an index")
@@ -217,9 +206,6 @@ def total(store: Store, login: str | None = None) -> int:
     return sum(max(row[3] or 0, 0) for row in store.rows() if login in (None, row[0]))
 
 
-# --- what policyd logs, in a test that has no daemon ---
-
-
 class LoggedLine(NamedTuple):
     """One line and its level."""
 
@@ -228,20 +214,16 @@ class LoggedLine(NamedTuple):
 
 
 class KeptLog(Log):
-    """Keeps the lines."""
+    """Keeps what policyd logs, in a test that has no daemon."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[LoggedLine] = []
+        for level in ("info", "warning", "error"):
+            setattr(self, level, partial(self._keep, level))
 
-    def info(self, line: str) -> None:
-        self.lines.append(LoggedLine("info", line))
-
-    def warning(self, line: str) -> None:
-        self.lines.append(LoggedLine("warning", line))
-
-    def error(self, line: str) -> None:
-        self.lines.append(LoggedLine("error", line))
+    def _keep(self, level: str, line: str) -> None:
+        self.lines.append(LoggedLine(level, line))
 
     def errors(self) -> list[str]:
         """Return the lines of level error."""
@@ -254,12 +236,7 @@ class KeptLog(Log):
 @contextlib.contextmanager
 def session(database: Database) -> Iterator[Any]:
     """Lend a cursor of a session of root's that stays open, for transactions and locks."""
-    import pymysql
-
-    connection = pymysql.connect(
-        unix_socket=database.server.socket, user="root", database=database.name, charset="utf8mb4", ssl_disabled=True
-    )
-    with contextlib.closing(connection), connection.cursor() as cursor:
+    with contextlib.closing(database.server.connect(database.name)) as connection, connection.cursor() as cursor:
         yield cursor
 
 
@@ -295,8 +272,7 @@ def sessions(database: Database) -> list[tuple[int, str | None, int]]:
 class Door(socketserver.ThreadingTCPServer):
     """A way to a server that can be shut, with all who are in it, be slow, or go deaf: what is said then is lost."""
 
-    allow_reuse_address = True
-    daemon_threads = True
+    allow_reuse_address = daemon_threads = True
     block_on_close = False
 
     def __init__(self, host: str, port: int) -> None:

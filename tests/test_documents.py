@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from daemons import running_here
@@ -22,7 +21,6 @@ EXAMPLE, PAGE = ROOT / "policyd.cfg.example", ROOT / "policyd.8"
 ADMIN = ROOT / "scripts" / "policyd-admin"
 README, FRENCH = ROOT / "README.md", ROOT / "README.fr.md"
 SOURCE = (ROOT / "policyd.py").read_text()
-BOTH = pytest.mark.parametrize("readme", [README, FRENCH], ids=lambda path: path.name)
 
 FIELDS = {field.name: field.metadata["restart"] for field in dataclasses.fields(Settings) if field.metadata}
 # These have no default, or one that depends on where policyd runs: the example shows what they look like.
@@ -33,13 +31,10 @@ WITHOUT_DEFAULT = {
 PROPOSED = {"early_signs": "audit", "keep_days": "30"}  # the example shows these, and says what the default is
 DATABASE = "dbname=policyd\ndbuser=policyd\n"  # a db... setting counts only together with these
 
-VERDICTS = [  # one of each kind
-    decide(usage, Limits(1500, 3000, 300, 5, 100, True))
-    for usage in (
-        Usage(3000), Usage(1500), Usage(400, 300), Usage(1, 1, new_places=6), Usage(1, 1, from_new_places=100),
-        *(Usage(1, 1, frozenset([f"HOLD {rule}"])) for rule in ("blocked", "places", "newplace")),
-    )
-]  # fmt: skip
+VERDICTS = [decide(usage, Limits(1500, 3000, 300, 5, 100, True)) for usage in (  # one of each kind
+    Usage(3000), Usage(1500), Usage(400, 300), Usage(1, 1, new_places=6), Usage(1, 1, from_new_places=100),
+    *(Usage(1, 1, frozenset([f"HOLD {rule}"])) for rule in ("blocked", "places", "newplace")),
+)]  # fmt: skip
 ANSWERS = {f"{verdict.action} {verdict.reason}" for verdict in VERDICTS} | {"HOLD blacklisted"}
 
 
@@ -51,10 +46,8 @@ def read(tmp_path: Path, text: str) -> Settings:
 
 def output_of(*arguments: object) -> str:
     """Return what one of our programs prints."""
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True,
-    ).stdout  # fmt: skip
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.check_output(command, stdin=subprocess.DEVNULL, text=True, timeout=60)
 
 
 def options_in(text: str) -> set[str]:
@@ -80,40 +73,31 @@ def comment_above(key: str) -> str:
     return " ".join(line.lstrip("# ") for line in above.splitlines())
 
 
-def test_the_example_has_every_setting_and_no_other() -> None:
+def test_the_example_has_and_explains_every_setting_and_changes_nothing_as_it_is() -> None:
+    """Some lines of comment stand above each, or above the settings of its group."""
     assert {key for key, _ in commented()} == set(FIELDS)
-
-
-def test_the_example_as_it_is_changes_nothing() -> None:
     assert Settings.from_file(str(EXAMPLE)).lines == {}
-
-
-@pytest.mark.parametrize(("key", "value"), commented(), ids=lambda text: text)
-def test_a_line_of_the_example_is_accepted_and_shows_the_default(tmp_path: Path, key: str, value: str) -> None:
-    if key.startswith("dbssl"):
-        return  # these name files
-    around = DATABASE.replace(f"{key}=policyd\n", "") if key.startswith("db") else ""
-    settings = read(tmp_path, f"{around}{key}={value}\n")
-    if key in PROPOSED:
-        assert value == PROPOSED[key]
-        assert f"The default is {getattr(Settings(), key)}." in comment_above(key)
-    elif key not in WITHOUT_DEFAULT:
-        assert getattr(settings, key) == getattr(Settings(), key)
-
-
-def test_all_lines_of_the_example_fit_together(tmp_path: Path) -> None:
-    settings = read(tmp_path, "".join(f"{key}={value}\n" for key, value in commented() if not key.startswith("dbssl")))
-    assert settings.dbhost == read(tmp_path, DATABASE).dbhost
-    assert settings.whitelist.line_of([], "2001:db8:25::1")
-    assert settings.blacklist.line_of([], "198.51.100.255")
-
-
-def test_the_example_explains_each_setting() -> None:
-    """Some lines of comment stand above it, or above the settings of the same group."""
     before = ""
     for line in EXAMPLE.read_text().splitlines():
         assert not re.match("#[a-z_]+=", line) or before.startswith("#"), line
         before = line
+
+
+def test_each_line_of_the_example_is_accepted_and_shows_the_default(tmp_path: Path) -> None:
+    """And all of them together; but for those that name files."""
+    lines = [(key, value) for key, value in commented() if not key.startswith("dbssl")]
+    for key, value in lines:
+        around = DATABASE.replace(f"{key}=policyd\n", "") if key.startswith("db") else ""
+        settings = read(tmp_path, f"{around}{key}={value}\n")
+        if key in PROPOSED:
+            assert value == PROPOSED[key]
+            assert f"The default is {getattr(Settings(), key)}." in comment_above(key)
+        elif key not in WITHOUT_DEFAULT:
+            assert getattr(settings, key) == getattr(Settings(), key), key
+    settings = read(tmp_path, "".join(f"{key}={value}\n" for key, value in lines))
+    assert settings.dbhost == read(tmp_path, DATABASE).dbhost
+    assert settings.whitelist.line_of([], "2001:db8:25::1")
+    assert settings.blacklist.line_of([], "198.51.100.255")
 
 
 def test_the_example_says_what_needs_a_restart() -> None:
@@ -124,90 +108,54 @@ def test_the_example_says_what_needs_a_restart() -> None:
     assert named == {key for key, needs_restart in FIELDS.items() if needs_restart}
 
 
-# --- README.md, in two languages ---
+CODE = r"(?<=\n\n)(?: {4}.*\n|\n(?= {4}))+"
 
 
-class Document(NamedTuple):
-    """A Markdown text, taken apart."""
-
-    headings: list[str]  # only their depth
-    code: list[str]  # without comments
-    tables: list[int]  # their numbers of rows
-    prose: str
-
-    @classmethod
-    def of(cls, path: Path) -> Document:
-        text = path.read_text()
-        code = re.findall(r"(?<=\n\n)(?: {4}.*\n|\n(?= {4}))+", text)
-        prose = re.sub(r"(?<=\n\n)(?: {4}.*\n|\n(?= {4}))+", "", text)
-        tables = re.findall(r"(?:^\|.*\n)+", prose, re.MULTILINE)
-        headings = re.findall("^#+(?= )", prose, re.MULTILINE)
-        return cls(headings, [re.sub(" +# .*", "", block) for block in code], [t.count("\n") for t in tables], prose)
+def prose_of(readme: Path) -> str:
+    """Return the text without what is indented."""
+    return re.sub(CODE, "", readme.read_text())
 
 
-def test_both_readmes_have_the_same_sections_tables_and_commands() -> None:
-    english, french = Document.of(README), Document.of(FRENCH)
-    assert english.headings == french.headings
-    assert english.tables == french.tables
-    assert english.code == french.code
-    assert len(english.code) > 10
+def test_both_readmes_have_the_same_sections_tables_and_commands_and_name_the_same_things() -> None:
+    """Settings, files and log lines are words of the program: they are not translated; nor is either text long."""
+    found = []
+    for readme, most in ((README, 240), (FRENCH, 260)):
+        text, prose = readme.read_text(), prose_of(readme)
+        assert len(text.splitlines()) <= most
+        code = [re.sub(" +# .*", "", block) for block in re.findall(CODE, text)]
+        assert len(code) > 10
+        headings = re.findall("^#+(?= )", prose, re.MULTILINE)  # only their depth
+        tables = [table.count("\n") for table in re.findall(r"(?:^\|.*\n)+", prose, re.MULTILINE)]
+        found.append((headings, tables, code, set(re.findall(r"`([^`]+)`", re.sub(r"\s+", " ", prose)))))
+    for english, french in zip(*found):
+        assert english == french
 
 
-def test_both_readmes_name_the_same_things() -> None:
-    """Settings, files and log lines are words of the program: they are not translated."""
-    english, french = (
-        set(re.findall(r"`([^`]+)`", re.sub(r"\s+", " ", Document.of(path).prose))) for path in (README, FRENCH)
-    )
-    assert english == french
-
-
-@pytest.mark.parametrize(("readme", "lines"), [(README, 240), (FRENCH, 260)])
-def test_the_readme_is_short(readme: Path, lines: int) -> None:
-    assert len(readme.read_text().splitlines()) <= lines
-
-
-@BOTH
-def test_the_readme_has_each_answer_in_its_table(readme: Path) -> None:
-    cells = re.findall(r"^\| [^|]+ \| `([^`]+)` \| ", readme.read_text(), re.MULTILINE)
-    assert set(cells) == ANSWERS | {"DUNNO"}
-
-
-@BOTH
-def test_a_setting_that_the_readme_gives_is_accepted(tmp_path: Path, readme: Path) -> None:
-    given = re.findall(r"`([a-z_]+)=([^` ]+(?: [^`]+)?)`", Document.of(readme).prose)
+@pytest.mark.parametrize("readme", [README, FRENCH], ids=lambda path: path.name)
+def test_what_the_readme_names_is_there(tmp_path: Path, readme: Path) -> None:
+    """Each answer in its table; settings that are accepted, files, commands; and the line for Postfix."""
+    text = readme.read_text()
+    assert set(re.findall(r"^\| [^|]+ \| `([^`]+)` \| ", text, re.MULTILINE)) == ANSWERS | {"DUNNO"}
+    given = re.findall(r"`([a-z_]+)=([^` ]+(?: [^`]+)?)`", prose_of(readme))
     assert {key for key, _ in given} <= set(FIELDS) | {"action", "default_action", "inet_protocols"}
     for key, value in given:
         if key in FIELDS:
             read(tmp_path, (DATABASE if key.startswith("db") else "") + f"{key}={value}\n")
-
-
-@BOTH
-def test_a_file_and_a_command_of_ours_that_the_readme_names_is_there(readme: Path) -> None:
-    text = readme.read_text()
     names = set(re.findall(r"(?<![\w/])(?:\./)?(scripts/[\w.-]+\w|[\w.]+\.(?:md|py|cfg\.example))\b", text))
     assert {"scripts/install.sh", "scripts/build-deb.sh", "scripts/test.sh", "CHANGELOG.md", "policyd.py"} <= names
-    for name in names:
-        assert (ROOT / name).exists(), name
+    assert [name for name in names if not (ROOT / name).exists()] == []
     named = set(re.findall(r"policyd-admin ([a-z]+)\b", text))
     assert {"top", "user", "forgive", "block", "delete", "trace", "whatif", "held", "doctor", "mail"} <= named
     assert named <= commands_of_admin()
-
-
-@BOTH
-def test_the_line_for_postfix_asks_where_policyd_listens(readme: Path) -> None:
-    (line,) = re.findall(r"^ {5,}-o \{.*\}$", readme.read_text(), re.MULTILINE)
+    (line,) = re.findall(r"^ {5,}-o \{.*\}$", text, re.MULTILINE)
     asked = f"{{ {policyd.wire_name(Settings().bind, Settings().port)}, timeout=10s, default_action=DUNNO }} }}"
     assert line.strip() == f"-o {{ smtpd_end_of_data_restrictions = check_policy_service {asked}"
+    texts = "".join(path.read_text() for path in (readme, EXAMPLE, ROOT / "unit.service"))
+    assert set(re.findall(r"(?:unix:|/var/spool/postfix/)policyd/(\w+)", texts)) == {"socket"}
 
 
-def test_a_unix_socket_has_one_name() -> None:
-    texts = [path.read_text() for path in (README, FRENCH, EXAMPLE, ROOT / "unit.service")]
-    assert {name for text in texts for name in re.findall(r"/var/spool/postfix/policyd/(\w+)", text)} == {"socket"}
-    assert {name for text in texts for name in re.findall(r"unix:policyd/(\w+)", text)} == {"socket"}
-
-
-def test_what_the_readme_shows_of_the_log_is_what_policyd_logs() -> None:
-    """In the table of what is down, and the line of a held message."""
+def test_what_the_readme_shows_is_what_policyd_logs_and_policyd_admin_prints(tmp_path: Path) -> None:
+    """In the table of what is down; the line of a held message; and the list."""
     for row in re.findall(r"^\|(?:[^|]+\|){2}([^|]+)\|$", README.read_text(), re.MULTILINE):
         for said in re.findall(r"`([^`]+)`", row):
             for words in re.split(r"(?:\b[A-Z]{3,}\b ?)+", said.replace("ERROR while UPDATING db", "")):
@@ -215,15 +163,10 @@ def test_what_the_readme_shows_of_the_log_is_what_policyd_logs() -> None:
     line = r"policyd\[\d+\]: DEFERRING (.*) for user \S+ using \S+ from ip \[\S+\], queue_id=\w+$"
     (shown,) = re.findall(line, README.read_text(), re.MULTILINE)
     assert shown in [verdict.said for verdict in VERDICTS]
-
-
-def test_the_list_in_the_readme_is_the_one_that_policyd_admin_prints(tmp_path: Path) -> None:
     settings = read(tmp_path, f"statedir={tmp_path}\n")
     policyd.open_repository(settings).insert([Event("anna", "anna@example.org", "192.0.2.31", 2)], 0)
-    printed = output_of(ADMIN, "top", "-c", tmp_path / "policyd.cfg")
-    (heading,) = re.findall("^rank .*", printed, re.MULTILINE)
-    for readme in (README, FRENCH):
-        assert f"\n    {heading.strip()}\n" in readme.read_text()
+    (heading,) = re.findall("^rank .*", output_of(ADMIN, "top", "-c", tmp_path / "policyd.cfg"), re.MULTILINE)
+    assert f"\n    {heading.strip()}\n" in README.read_text()  # and so in the other language, which has the same
 
 
 # --- policyd.8 ---
@@ -236,15 +179,10 @@ def section(name: str) -> str:
     return match[1]
 
 
-def test_the_manual_page_is_in_order() -> None:
-    lint = subprocess.run(
-        [program("mandoc", "mandoc"), "-T", "lint", "-W", "warning", str(PAGE)],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+def test_the_manual_page_is_in_order_and_has_every_setting_with_its_default_and_how_it_is_applied() -> None:
+    command = [program("mandoc", "mandoc"), "-T", "lint", "-W", "warning", str(PAGE)]
+    lint = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     assert (lint.returncode, lint.stdout, lint.stderr) == (0, "", "")
-
-
-def test_the_manual_page_has_every_setting_with_its_default_and_how_it_is_applied() -> None:
     items = re.findall(r"^\.It Ic (\w+)( No \+)? Ta (.+) Ta (reload|restart)$", section("SETTINGS"), re.MULTILINE)
     assert sorted(key for key, *_ in items) == sorted(FIELDS)
     shown = {**dict(commented()), **{key: str(getattr(Settings(), key)) for key in PROPOSED}}
@@ -277,12 +215,15 @@ def test_the_manual_page_has_each_line_of_the_log_with_its_answer() -> None:
             assert part.strip(" :;=") in SOURCE, words
 
 
-def test_the_manual_page_has_each_file() -> None:
+def test_the_manual_page_has_each_file_and_what_go_policyd_knows() -> None:
     named = set(re.findall(r"^\.It Pa ([\w.]+)$", section("FILES"), re.MULTILINE))
     ours = set(re.findall(r'"(\w+\.(?:sqlite3|json|prom|pid))"', SOURCE))
     assert named == ours - {"notified.json"}  # of version 0.1, removed at the start
     installed = set(re.findall(r"share/policyd/([\w.-]+)", (ROOT / "scripts" / "install.sh").read_text()))
     assert set(re.findall(r"Pa share/policyd/([\w.-]+)", section("FILES"))) == installed
+    known = re.search(r"\nIt knows\n(.*?):", section("FROM GO-POLICYD"), re.DOTALL)
+    assert known
+    assert len(set(re.findall(r"[a-z_]{4,}", known[1])) & set(FIELDS)) == 11
 
 
 def test_the_manual_page_has_each_metric_and_the_line_of_figures(tmp_path: Path, logged: KeptLog) -> None:
@@ -299,23 +240,11 @@ def test_the_manual_page_has_each_metric_and_the_line_of_figures(tmp_path: Path,
     assert re.sub(r"[\d.]+", "N", shown.replace("\n", " ")) == re.sub(r"[\d.]+", "N", status)
 
 
-def test_the_manual_page_says_what_go_policyd_knows() -> None:
-    sentence = re.search(r"\nIt knows\n(.*?):", section("FROM GO-POLICYD"), re.DOTALL)
-    assert sentence
-    assert len(set(re.findall(r"[a-z_]{4,}", sentence[1])) & set(FIELDS)) == 11
-
-
-# --- CHANGELOG.md and setup.cfg ---
-
-
-def test_the_changelog_has_this_version_and_what_to_write_for_settings_that_are_gone() -> None:
+def test_the_changelog_has_this_version_and_the_package_says_whose_it_is() -> None:
+    """With what to write for settings that are gone; and with both commands."""
     text = (ROOT / "CHANGELOG.md").read_text()
     assert re.search(rf"^## {re.escape(policyd.__version__)} \(\d{{4}}-\d\d-\d\d\)$", text, re.MULTILINE)
-    for key in policyd.GONE:
-        assert f"`{key}`" in text
-
-
-def test_the_package_says_whose_it_is_and_has_both_commands() -> None:
+    assert [key for key in policyd.GONE if f"`{key}`" not in text] == []
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     assert setup["metadata"]["author"]

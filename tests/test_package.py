@@ -8,16 +8,15 @@ import re
 import shutil
 import stat
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from installing import FILES, Result, package, refusal, succeeded
-from servers import ROOT, program, temporary_directory
+from servers import ROOT, program
 
 import policyd
-
-NOBODY = 65534
 
 
 def packaged(destination: Path, *arguments: str, script: Path = ROOT / "scripts/install.sh") -> Result:
@@ -37,41 +36,27 @@ def files_below(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()}
 
 
-@pytest.mark.parametrize(
-    ("prefix", "units"),
-    [("/usr/local", "/etc"), ("/opt/policyd", "/etc"), ("/usr", "/usr/lib")],
-)
+@pytest.mark.parametrize(("prefix", "units"), [("/usr/local", "/etc"), ("/opt/p", "/etc"), ("/usr", "/usr/lib")])
 def test_a_packager_gets_the_files_and_nothing_else_is_touched(tmp_path: Path, prefix: str, units: str) -> None:
+    """And what is removed again is gone, and no more."""
+    tree, place = tmp_path / "tree", f"PREFIX={prefix}/"
     for _ in range(2):
-        assert succeeded(packaged(tmp_path / "tree", f"PREFIX={prefix}/")) == ""
+        assert succeeded(packaged(tree, place)) == ""
     sources = {f"{prefix}/{name}": source for name, source in FILES.items()}
     sources[f"{units}/systemd/system/policyd.service"] = "unit.service"
-    assert files_below(tmp_path / "tree") == {name[1:] for name in sources}
+    assert files_below(tree) == {name[1:] for name in sources}
     for name, source in sources.items():
-        path, original = tmp_path / "tree" / name[1:], ROOT / source
+        path, original = tree / name[1:], (ROOT / source).read_text()
         is_program = "bin/" in name
         assert stat.S_IMODE(path.stat().st_mode) == (0o755 if is_program else 0o644), name
-        text = re.sub(r"/usr/local(?=/s?bin/policyd)", "" if is_program else prefix, original.read_text())
-        assert path.read_text() == (original.read_text() if is_program else text), name
+        text = original if is_program else re.sub(r"/usr/local(?=/s?bin/policyd)", prefix, original)
+        assert path.read_text() == text, name
     assert f"ExecStart={prefix}/bin/policyd\n" in path.read_text()
     assert f"ExecReload={prefix}/bin/policyd --check-settings\n" in path.read_text()
-
-
-def test_what_a_packager_removes_again_is_gone_and_no_more(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    succeeded(packaged(tree))
-    (tree / "usr/local/bin/other").touch()
+    (tree / "other").touch()
     for _ in range(2):
-        succeeded(packaged(tree, "--remove"))
-        assert files_below(tree) == {"usr/local/bin/other"}
-
-
-@pytest.mark.parametrize(
-    "argument", ["--nonsense", "remove", "PREFIX=opt", "PREFIX=/opt/a b", "PREFIX=/a|b", "PREFIX=/", "--purge"]
-)
-def test_a_wrong_call_is_refused_on_one_line(tmp_path: Path, argument: str) -> None:
-    refusal(packaged(tmp_path / "tree", argument))
-    assert not (tmp_path / "tree").exists()
+        succeeded(packaged(tree, place, "--remove"))
+        assert files_below(tree) == {"other"}
 
 
 @pytest.mark.parametrize("missing", [*FILES.values(), "unit.service"])
@@ -84,16 +69,19 @@ def test_half_a_checkout_installs_nothing(tmp_path: Path, missing: str) -> None:
     assert not (tmp_path / "tree").exists()
 
 
-def test_only_root_can_install() -> None:
-    directory = temporary_directory()
-    shutil.copytree(ROOT / "scripts", directory / "scripts")
-    directory.chmod(0o755)
-    user: dict[str, Any] = {"user": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
-    for task in ([], ["--remove"], ["--purge"]):
-        command = [str(directory / "scripts/install.sh"), *task]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60, **user)
-        assert "only root" in refusal(result)
-    shutil.rmtree(directory)
+def test_a_wrong_call_is_refused_on_one_line_and_whoever_is_not_root(tmp_path: Path) -> None:
+    wrong = "--nonsense", "remove", "PREFIX=opt", "PREFIX=/opt/a b", "PREFIX=/a|b", "PREFIX=/", "--purge"
+    for argument in wrong:
+        refusal(packaged(tmp_path / "tree", argument))
+        assert not (tmp_path / "tree").exists(), argument
+    nobody: dict[str, Any] = {"user": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copytree(ROOT / "scripts", Path(directory, "scripts"))
+        os.chmod(directory, 0o755)
+        for task in ([], ["--remove"], ["--purge"]):
+            command = [f"{directory}/scripts/install.sh", *task]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=60, **nobody)
+            assert "only root" in refusal(result)
 
 
 def test_the_package_has_the_files_of_install_sh_and_what_debian_asks_for(tmp_path: Path) -> None:

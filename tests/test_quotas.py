@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 from asking import Relay, ask, status, submit, wait_for_delivery
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from servers import DUNNO, HOLD, REJECT, Policyd, Postfix, wait_until
-from stores import KeptLog, MariaStore, Store, event, on_stores, read_settings, soon
+from stores import KeptLog, Store, event, on_stores, read_settings, soon
 
 from policyd import BATCH_EVENTS, Usage, decide
 
@@ -33,66 +33,50 @@ def overquota(word: str, compared: str, login: str) -> str:
     return f"{word} overquota ({compared}) for {who}, queue_id=4Xk1Zt"
 
 
-# ---- a quota of its own, rejectquota ----------------------------------------------------------------
+# ---- quotas of its own, rejectquota, an hour quota ---------------------------------------------------
 
 OWN = "defaultquota=10 quota=busy:40 quota=few:3 quota=trainee:0 quota=robot:unlimited quota=Capitals@Example.ORG:5"
 REJECTQUOTA = "defaultquota=10 quota=few:4 quota=busy:100 quota=trainee:0 rejectquota="
-MESSAGES: list[tuple[str, str, list[int], str]] = [  # settings, who, how many recipients; what is logged of the last
-    (OWN, "busy", [39], ""),
-    (OWN, "busy", [39, 1], "DEFERRING overquota (40>40)"),
-    (OWN, "busy", [39, 1, 39, 1], "REJECTING overquota (80>2x40)"),
-    (OWN, "few", [2], ""),
-    (OWN, "few", [2, 1], "DEFERRING overquota (3>3)"),
-    (OWN, "few", [2, 1, 3], "REJECTING overquota (6>2x3)"),
-    (OWN, "trainee", [1], "DEFERRING overquota (1>0)"),
-    (OWN, "trainee", [1, 999_999], "DEFERRING overquota (1000000>0)"),
-    (OWN, "robot", [999_999] * 2, ""),
-    (OWN, "capitals", [5], "DEFERRING overquota (5>5)"),
-    *((OWN, login, counts, said)
-      for login in ("anna", "trainees", "busy2", "rob", "a-robot", "unlimited") for counts, said in (
-          ([9], ""), ([10], "DEFERRING overquota (10>10)"), ([19, 1], "REJECTING overquota (20>2x10)"))),
-    *((f"{REJECTQUOTA}{n}", "anna", [n - 1], f"DEFERRING overquota ({n - 1}>10)") for n in (11, 15, 30)),
-    *((REJECTQUOTA + str(quota), "anna", [quota - 1, 1], f"REJECTING overquota ({shown})")
-      for quota, shown in ((11, "11>11"), (15, "15>15"), (20, "20>2x10"), (30, "30>30"))),
-    (REJECTQUOTA + "10", "anna", [9], ""),
-    (REJECTQUOTA + "10", "anna", [9, 1], "REJECTING overquota (10>10)"),
-    (REJECTQUOTA + "15", "few", [7], "DEFERRING overquota (7>4)"),
-    (REJECTQUOTA + "15", "few", [7, 1], "REJECTING overquota (8>2x4)"),
-    (REJECTQUOTA + "15", "busy", [99], ""),
-    (REJECTQUOTA + "15", "trainee", [99], "DEFERRING overquota (99>0)"),
+MESSAGES: list[tuple[str, str, list[tuple[int, str]]]] = [  # settings, who, how many recipients and what is logged
+    (OWN, "busy", [(39, ""), (1, "DEFERRING 40>40"), (39, "DEFERRING 79>40"), (1, "REJECTING 80>2x40")]),
+    (OWN, "few", [(2, ""), (1, "DEFERRING 3>3"), (3, "REJECTING 6>2x3")]),
+    (OWN, "trainee", [(1, "DEFERRING 1>0"), (999_999, "DEFERRING 1000000>0")]),
+    (OWN, "robot", [(999_999, ""), (999_999, "")]), (OWN, "capitals", [(4, ""), (1, "DEFERRING 5>5")]),
+    *((OWN, login, [(9, ""), (1, "DEFERRING 10>10"), (9, "DEFERRING 19>10"), (1, "REJECTING 20>2x10")])
+      for login in ("anna", "trainees", "a-robot", "unlimited")),
+    (f"{REJECTQUOTA}10", "anna", [(9, ""), (1, "REJECTING 10>10")]),
+    *((f"{REJECTQUOTA}{n}", "anna", [(9, ""), (n - 10, f"DEFERRING {n - 1}>10"), (1, f"REJECTING {n}>{shown}")])
+      for n, shown in ((11, "11"), (15, "15"), (20, "2x10"), (30, "30"))),
+    (f"{REJECTQUOTA}15", "few", [(3, ""), (4, "DEFERRING 7>4"), (1, "REJECTING 8>2x4")]),
+    (f"{REJECTQUOTA}15", "busy", [(99, "")]), (f"{REJECTQUOTA}15", "trainee", [(99, "DEFERRING 99>0")]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("lines", "login", "counts", "said"), MESSAGES, ids=str)
+@pytest.mark.parametrize(("lines", "login", "messages"), MESSAGES, ids=str)
 @on_stores("SQLite")
 def test_mail_is_held_and_refused_from_these_sums_on(
-    store: Store, logged: KeptLog, lines: str, login: str, counts: list[int], said: str
+    store: Store, logged: KeptLog, lines: str, login: str, messages: list[tuple[int, str]]
 ) -> None:
     """By a quota of its own, more or less than that of the others, for which rejectquota is not."""
     relay = Relay(store, logged, *lines.split(), "blacklist=phished", "quota=phished:unlimited")
-    for count in counts:
-        outcome = relay.ask(login, recipient_count=count)
-    expected = [update(login, counts[-1], sum(counts))]
-    if said:
-        expected.append(f"{said} for user {login} using alice@example.org from ip [192.0.2.1], queue_id=4Xk1Zt")
-    answer = {"": DUNNO, "DEFERRING": HOLD, "REJECTING": REJECT}[said.partition(" ")[0]]
-    assert outcome == (answer, expected)
+    reached = 0
+    for count, said in messages:
+        reached += count
+        word, _, compared = said.partition(" ")
+        more = [overquota(word, compared, login)] if said else []
+        answer = {"": DUNNO, "DEFERRING": HOLD, "REJECTING": REJECT}[word]
+        assert relay.ask(login, recipient_count=count) == (answer, [update(login, count, reached), *more])
     assert relay.ask("phished").answer == BLACKLISTED
-
-
-# ---- an hour quota ----------------------------------------------------------------------------------
-
-AN_HOUR_LESS_A_MINUTE, AN_HOUR_AND_A_MINUTE = 3540, 3660
 
 
 def hourquota(figures: str, login: str = "anna", word: str = "DEFERRING") -> str:
     return overquota(word, figures, login).replace("overquota", "hourquota")
 
 
-def test_reaching_the_hour_quota_is_held(store: Store, logged: KeptLog) -> None:
+def test_reaching_the_hour_quota_is_held_until_the_hour_is_over(store: Store, logged: KeptLog) -> None:
     """On every table, with the words that log parsers match; what is older than an hour does not count."""
-    store.add([("anna", "", "", 40)], age_s=AN_HOUR_AND_A_MINUTE)
-    store.add([("anna", "", "", 3), ("anna", "", "", -50), ("anna", "", "x", None)], age_s=AN_HOUR_LESS_A_MINUTE)
+    store.add([("anna", "", "", 40), ("anna", "", "HOLD hourquota", None)], age_s=3660)
+    store.add([("anna", "", "", 3), ("anna", "", "", -50), ("anna", "", "x", None)], age_s=3540)
     relay = Relay(store, logged, "hourquota=8", "quota=own:1000:20", "quota=none:1000:0", "hold_message=ask us")
     held = "HOLD hour quota exceeded; ask us"
     assert relay.ask("anna", recipient_count=4) == (DUNNO, [update("anna", 4, 47)])
@@ -103,59 +87,16 @@ def test_reaching_the_hour_quota_is_held(store: Store, logged: KeptLog) -> None:
     assert relay.ask("none").answer == DUNNO
 
 
-def test_who_was_held_for_the_hour_is_free_when_it_is_over_and_held_again(store: Store, logged: KeptLog) -> None:
-    store.add([("anna", "", "", 9), ("anna", "", "HOLD hourquota", None)], age_s=AN_HOUR_LESS_A_MINUTE)
-    relay = Relay(store, logged, "hourquota=10")
-    assert relay.ask("anna").lines[1:] == [hourquota("10>10")]
-    store.clear()
-    store.add([("anna", "", "", 10), ("anna", "", "HOLD hourquota", None)], age_s=AN_HOUR_AND_A_MINUTE)
-    assert relay.ask("anna", recipient_count=9).answer == DUNNO
-    assert relay.ask("anna").lines[1:] == [hourquota("10>10")]
-
-
 def test_the_hour_and_the_day_of_a_batch_run_up_in_order_of_arrival(store: Store, logged: KeptLog) -> None:
     """Also when it comes from one address in one moment; with a history that is long."""
-    store.add([("anna", "", "", 1)] * 600, age_s=AN_HOUR_AND_A_MINUTE)
     relay = Relay(store, logged, "hourquota=5", "defaultquota=20", "quota=anna:unlimited:5")
     for _ in range(2):  # that the history is long is known from the first time on
-        for login, count, answers in [("anna", 2, [DUNNO, DUNNO, 1, 1]), ("bert", 1, [DUNNO] * 4 + [1])]:
-            messages = [{"sasl_username": login, "recipient_count": count}] * len(answers)
-            expected = [answer if answer == DUNNO else "HOLD hour quota exceeded" for answer in answers]
-            assert [outcome.answer for outcome in relay.ask_at_once(messages)] == expected
         store.clear()
-        store.add([("anna", "", "", 1)] * 600, age_s=AN_HOUR_AND_A_MINUTE)
-
-
-# ---- long histories -------------------------------------------------------------------------------
-
-
-def test_a_quota_above_the_default_sums_as_far_as_it_needs(store: Store, logged: KeptLog) -> None:
-    """Of a long history of somebody else only as much is summed as decides for defaultquota."""
-    own = 1000
-    store.add([("busy", "", "", 1), ("robot", "", "", 1)] * (own - 4), age_s=60)
-    relay = Relay(store, logged, "defaultquota=1", f"quota=busy:{own}", "quota=robot:unlimited")
-    for reached in (997, 998, 999):
-        assert relay.ask("busy") == (DUNNO, [update("busy", 1, reached)])
-        assert relay.ask("robot").answer == DUNNO
-    assert relay.ask("busy") == (HOLD, [update("busy", 1, own), overquota("DEFERRING", "1000>1000", "busy")])
-    store.add([("busy", "", "", 1)] * (own - 2), age_s=120)
-    assert relay.ask("busy") == (HOLD, [update("busy", 1, 1999), overquota("DEFERRING", "1999>1000", "busy")])
-    assert relay.ask("busy") == (REJECT, [update("busy", 1, 2000), overquota("REJECTING", "2000>2x1000", "busy")])
-
-
-@on_stores("go-policyd", "go-policyd with an index")
-def test_two_logins_that_an_old_table_cuts_to_the_same_are_judged_each_by_its_own_quota(
-    store: MariaStore, logged: KeptLog
-) -> None:
-    """Whoever of them asks, their sum is one, and long enough for the higher quota; in one batch, too."""
-    store.add([("students", "", "", 1)] * 900, age_s=60)
-    relay = Relay(store, logged, "defaultquota=1", "quota=students-office:909")
-    for n in range(2):
-        assert relay.ask("students-office").lines == [update("students-office", 1, 901 + 4 * n)]
-        assert relay.ask("students-union").answer == REJECT
-        both = [{"sasl_username": f"students-{each}"} for each in ("office", "union")]
-        assert [outcome.answer for outcome in relay.ask_at_once(both[:: 1 - 2 * n])] == [DUNNO, REJECT][:: 1 - 2 * n]
-    assert relay.ask("students-office").lines[1:] == [overquota("DEFERRING", "909>909", "students-office")]
+        store.add([("anna", "", "", 1)] * 600, age_s=3660)
+        for login, count, passing in (("anna", 2, 2), ("bert", 1, 4)):
+            outcomes = relay.ask_at_once([{"sasl_username": login, "recipient_count": count}] * 5)
+            expected = [DUNNO] * passing + ["HOLD hour quota exceeded"] * (5 - passing)
+            assert [outcome.answer for outcome in outcomes] == expected
 
 
 LOGINS = ["students-union", "students-office", "bert"]  # of the old table's 8 characters two are the same
@@ -165,17 +106,17 @@ shapes = st.lists(st.tuples(st.integers(1, 80), st.sampled_from(LOGINS), st.inte
 own_quotas = st.dictionaries(st.sampled_from(LOGINS), st.sampled_from(["0", "1", "3", "20", "150", "400", "unlimited"]))
 
 
-@hypothesis_settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    default=st.integers(1, 20), more=st.none() | st.integers(0, 300), own=own_quotas, history=histories, shape=shapes,
-    mixed=st.randoms(use_true_random=False),
-)
+@hypothesis_settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(default=st.integers(1, 20), more=st.none() | st.integers(0, 300), own=own_quotas, history=histories,
+       shape=shapes, mixed=st.randoms(use_true_random=False))  # fmt: skip
 @example(1, None, {LOGINS[0]: "400"}, [(700, LOGINS[0], 1)], [(64, LOGINS[0], 1), (64, LOGINS[1], 1)], random.Random(1))
 @example(1, 299, {LOGINS[1]: "150"}, [(700, LOGINS[0], 1)], [(80, LOGINS[1], 1)], random.Random(1))
+@example(3, None, {}, [(300, "bert", 1)], [(BATCH_EVENTS, "bert", 1)], random.Random(1))
+@example(3, None, {}, [(300, "bert", -3), (6, "bert", 1)], [(1, "bert", 1)], random.Random(1))
+@example(20, None, {}, [(300, "bert", None), (300, "bert", 1)], [(BATCH_EVENTS, "bert", 1)], random.Random(1))
 def test_a_bounded_sum_never_changes_an_answer_whoever_has_which_quota(
-    store: Store, default: int, more: int | None, own: dict[str, str], history: list[tuple[int, str, int | None]],
-    shape: list[tuple[int, str, int]], mixed: random.Random,
-) -> None:  # fmt: skip
+    store: Store, default: int, more: int | None, own: dict[str, str], history: Any, shape: Any, mixed: random.Random
+) -> None:
     store.clear()
     lines = [f"defaultquota={default}", *(f"quota={login}:{n}" for login, n in own.items())]
     settings = read_settings(*lines, *([] if more is None else [f"rejectquota={default + more}"]))
@@ -196,9 +137,8 @@ def test_a_bounded_sum_never_changes_an_answer_whoever_has_which_quota(
         reached[message.sasl_username[: store.width]] += message.recipient_count or 0
         exact.append(reached[message.sasl_username[: store.width]])
 
-    limits = [settings.limits_of(message.sasl_username) for message in batch]
-
     def answers(sums: list[int]) -> list[str]:
+        limits = [settings.limits_of(message.sasl_username) for message in batch]
         return [decide(Usage(reached), each).action for reached, each in zip(sums, limits)]
 
     for _ in range(2):  # that a history is long is known from the first time on
@@ -207,7 +147,7 @@ def test_a_bounded_sum_never_changes_an_answer_whoever_has_which_quota(
         assert all(low <= high for low, high in zip(found, exact))
 
 
-# ---- mode=audit -----------------------------------------------------------------------------------
+# ---- mode=audit, messages, always_allow --------------------------------------------------------------
 
 
 def test_an_audit_lets_all_pass_and_logs_what_would_have_been(policyd: Start) -> None:
@@ -235,53 +175,33 @@ def test_an_audit_lets_all_pass_and_logs_what_would_have_been(policyd: Start) ->
     assert not (audit.statedir / "incidents.json").exists()
 
 
-# ---- hold_message and reject_message --------------------------------------------------------------
-
 HELP = "see https://help.example.org/quota; or write to <help@example.org>, \"100 %\", $(x) {sender} = '\\'"
 
 
-@pytest.mark.parametrize("held", ["", HELP])
-@pytest.mark.parametrize("refused", ["", "call 4711"])
-@on_stores("SQLite")
-def test_the_messages_stand_behind_the_answers(store: Store, logged: KeptLog, held: str, refused: str) -> None:
-    """The one for what is held also when it is for the blacklist; a repetition gets the same; and the log stays."""
-    messages = [f"hold_message={held}"] * bool(held) + [f"reject_message={refused}"] * bool(refused)
-    relay = Relay(store, logged, f"defaultquota={QUOTA}", "blacklist=phished", *messages)
-    first = relay.ask("anna", recipient_count=QUOTA, instance="1.2.3")
-    held, refused = (f"; {text}" if text else "" for text in (held, refused))
-    assert first == (HOLD + held, [update("anna", 10, 10), overquota("DEFERRING", "10>10", "anna")])
-    assert relay.ask("anna", recipient_count=QUOTA, instance="1.2.3") == (HOLD + held, [])
-    assert relay.ask("phished").answer == BLACKLISTED + held
-    assert relay.ask("anna", recipient_count=QUOTA).answer == REJECT + refused
-
-
-def test_the_sender_of_refused_mail_reads_the_message(postfix: Postfix, policyd: Start) -> None:
-    """All of it, also the longest one that may be; that of held mail is in Postfix's log."""
-    text = HELP + "." * (200 - len(HELP))
+def test_a_sender_reads_the_message_and_mail_to_who_helps_is_delivered(postfix: Postfix, policyd: Start) -> None:
+    """All of it, also the longest one that may be; that of held mail is in Postfix's log.  rcpt0 helps."""
+    text = HELP.ljust(200, ".")
     before = len(postfix.log)
-    policyd(port=postfix.policy_port, defaultquota=3, hold_message=text, reject_message=text)
+    daemon = policyd(port=postfix.policy_port, defaultquota=3, always_allow="Rcpt0@example.net",
+                     hold_message=text, reject_message=text)  # fmt: skip
     held = submit(postfix, recipients=3)
     assert (held.code, postfix.queue_name(held.queue_id)) == (250, "hold")
     refused = submit(postfix, recipients=3)
-    assert refused.code == 554
-    assert refused.reply.startswith("5.7.1 ")
+    assert (refused.code, refused.reply[:6]) == (554, "5.7.1 ")
     assert refused.reply.endswith(f": max quota exceeded; {text}")
     wait_until(lambda: f"quota exceeded; {text}" in postfix.log[before:], "Postfix has logged the message")
+    wait_for_delivery(postfix, submit(postfix))
+    daemon.wait_for_log("allowing mail to rcpt0@example.net: alice/alice@example.org/127.0.0.1/1")
 
-
-# ---- always_allow ---------------------------------------------------------------------------------
 
 HELPDESK = "helpdesk@example.org"
-
-
-PHISHED = ("blacklist=phished", "quota=trainee:0")
-ALLOW = ("always_allow=HelpDesk@Example.ORG", "always_allow=postmaster@example.org", *PHISHED)
+ALLOW = ("always_allow=HelpDesk@Example.ORG", "always_allow=postmaster@example.org")
 
 
 @on_stores("SQLite")
-def test_mail_to_who_helps_passes_uncounted(store: Store, logged: KeptLog) -> None:
+def test_mail_to_who_helps_and_nobody_else_passes_uncounted(store: Store, logged: KeptLog) -> None:
     """Who is held, refused or on the blacklist can still ask why.  A repetition is logged once."""
-    relay = Relay(store, logged, f"defaultquota={QUOTA}", *ALLOW)
+    relay = Relay(store, logged, f"defaultquota={QUOTA}", *ALLOW, "blacklist=phished", "quota=trainee:0")
     assert relay.ask("held", recipient_count=QUOTA).answer == HOLD
     assert relay.ask("refused", recipient_count=2 * QUOTA).answer == REJECT
     for login in ("phished", "trainee", "held", "refused", "anna"):
@@ -292,23 +212,7 @@ def test_mail_to_who_helps_passes_uncounted(store: Store, logged: KeptLog) -> No
     for login, reached in (("held", QUOTA + 1), ("refused", 2 * QUOTA + 1), ("trainee", 1), ("anna", 1)):
         assert relay.ask(login, recipient="anna@example.org").lines[0] == update(login, 1, reached)
     assert relay.ask("", recipient=HELPDESK) == (DUNNO, [])
-
-
-@on_stores("SQLite")
-def test_mail_to_others_or_to_others_too_does_not_pass(store: Store, logged: KeptLog) -> None:
-    relay = Relay(store, logged, *ALLOW)
     others = [f"{HELPDESK}.example.net", f"x{HELPDESK}", f" {HELPDESK}", f"<{HELPDESK}>", "helpdesk", "", "a@b"]
     for message in [{"recipient": HELPDESK, "recipient_count": 2}, *({"recipient": each} for each in others)]:
         assert relay.ask("phished", sender=HELPDESK, client_address=HELPDESK, **message).answer == BLACKLISTED
         assert relay.ask("trainee", sender=HELPDESK, **message).answer == HOLD
-
-
-def test_with_a_real_postfix_mail_to_who_helps_is_delivered(postfix: Postfix, policyd: Start) -> None:
-    """rcpt0 helps; with another recipient beside it the message waits."""
-    daemon = policyd(port=postfix.policy_port, blacklist="alice", always_allow="Rcpt0@example.net")
-    wait_for_delivery(postfix, submit(postfix))
-    daemon.wait_for_log("allowing mail to rcpt0@example.net: alice/alice@example.org/127.0.0.1/1")
-    both = submit(postfix, recipients=2)
-    assert postfix.queue_name(both.queue_id) == "hold"
-
-

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import signal
-import threading
+import types
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 from asking import Relay, complaints, reload
-from servers import DUNNO, HOLD, REJECT, Policyd, free_port, read_answer, request_bytes
+from daemons import Load
+from servers import DUNNO, HOLD, REJECT, Policyd, free_port
 from stores import Clock, KeptLog, Store, on_each_table, on_stores, read_settings
 
 from policyd import DAY_S, Housekeeper, Policy, SQLiteRepository
@@ -18,8 +19,14 @@ from policyd import DAY_S, Housekeeper, Policy, SQLiteRepository
 Start = Callable[..., Policyd]
 
 
-def logged_by(daemon: Policyd) -> list[tuple[str, str]]:
-    """Return the level and the text of each line so far, but for those of messages: they come after their answers."""
+def reloaded(daemon: Policyd) -> list[tuple[str, str]]:
+    """Reload; return the level and the text of each line so far, but for those of messages: they come after answers.
+
+    systemd is told as sd_notify(3) asks: when it begins, by the monotonic clock, and when it is over, in any case.
+    """
+    begun, over = reload(daemon)
+    assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=[0-9]{6,}", begun)
+    assert re.fullmatch(r"READY=1\nSTATUS=.*", over)
     return [(line.level, line.text) for line in daemon.lines_so_far() if not line.text.startswith("Updating db: ")]
 
 
@@ -28,8 +35,7 @@ def test_a_new_quota_applies_to_the_next_message(policyd: Start) -> None:
     daemon = policyd(defaultquota=10)
     assert daemon.ask(recipient_count=5) == DUNNO
     daemon.write_settings(defaultquota=5, max_networks=10)
-    reload(daemon)
-    (level, text), last = logged_by(daemon)[-2:]
+    (level, text), last = reloaded(daemon)[-2:]
     assert (level, "max_networks= is gone; write instead: early_signs=audit" in text) == ("err", True)
     assert last == ("info", f"settings read again: {daemon.settings_file}")
     assert daemon.ask(recipient_count=1) == HOLD
@@ -86,19 +92,15 @@ EARLY = ["early_signs=yes", "keep_days=30", "max_places=1"]
 PLACES = "HOLD too many places"
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "answers"),
-    [
-        ([], EARLY, (DUNNO, PLACES)),
-        (EARLY, ["early_signs=no"], (PLACES, DUNNO)),
-        (["early_signs=audit", *EARLY[1:]], EARLY, (DUNNO, PLACES)),
-        (EARLY, ["early_signs=audit", *EARLY[1:]], (PLACES, DUNNO)),
-        (EARLY, [*EARLY, "mode=audit"], (PLACES, DUNNO)),
-        ([*EARLY[:2], "max_places=2"], EARLY, (DUNNO, PLACES)),
-        ([*EARLY, "trusted_network=21.0.0.0/8"], EARLY, (DUNNO, PLACES)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("before", "after", "answers"), [
+    ([], EARLY, (DUNNO, PLACES)),
+    (EARLY, ["early_signs=no"], (PLACES, DUNNO)),
+    (["early_signs=audit", *EARLY[1:]], EARLY, (DUNNO, PLACES)),
+    (EARLY, ["early_signs=audit", *EARLY[1:]], (PLACES, DUNNO)),
+    (EARLY, [*EARLY, "mode=audit"], (PLACES, DUNNO)),
+    ([*EARLY[:2], "max_places=2"], EARLY, (DUNNO, PLACES)),
+    ([*EARLY, "trusted_network=21.0.0.0/8"], EARLY, (DUNNO, PLACES)),
+], ids=str)  # fmt: skip
 @on_stores("SQLite", "schema.sql")
 def test_what_a_site_changes_of_the_early_signs_applies_within_a_minute(
     store: Store, logged: KeptLog, before: list[str], after: list[str], answers: tuple[str, str]
@@ -128,24 +130,20 @@ def test_a_higher_quota_sums_as_far_as_it_needs(store: Store, logged: KeptLog) -
 def test_a_mistake_or_no_file_is_logged_and_the_old_settings_stay(policyd: Start) -> None:
     """All of them: what stands before the mistake does not apply either."""
     daemon = policyd(defaultquota=10, blacklist="phished", quota="bert:unlimited")
+    file = daemon.settings_file
     for mistake, said in [
         ("whitelist_hours=7 to 19", "whitelist_hours=7 to 19: give FROM-TO between 0 and 24, for example 7-19"),
         ("blacklist=boris # phished", "blacklist=boris # phished: a comment stands in a line of its own;"
          " remove what is behind the entry"),
-        ("quota=A:2\nquota=a@b:3", "a has a quota= already; keep one of them"),
-        ("max_networks=1\nfrobnicate=1", ""),
+        ("quota=A:2\nquota=a@b:3", "a has a quota= already; keep one of them"), ("max_networks=1\nfrobnicate=1", ""),
     ]:  # fmt: skip
-        rest = f"defaultquota=1\nport={daemon.port}\nstatedir={daemon.statedir}\n"
-        daemon.write_settings(f"{rest}{mistake}\n")
-        reload(daemon)
-        number = 3 + len(mistake.splitlines())
-        level, text = logged_by(daemon)[-1]
+        daemon.write_settings(f"defaultquota=1\nport={daemon.port}\nstatedir={daemon.statedir}\n{mistake}\n")
+        level, text = reloaded(daemon)[-1]
         assert (level, text.endswith("; going on with the old settings")) == ("err", True)
-        assert text.startswith(f"{daemon.settings_file}:{number}: {said}")
-    daemon.settings_file.unlink()
-    reload(daemon)
-    expected = f"{daemon.settings_file}: No such file or directory; going on with the old settings"
-    assert logged_by(daemon)[-1] == ("err", expected)
+        assert text.startswith(f"{file}:{3 + len(mistake.splitlines())}: {said}")
+    file.unlink()
+    expected = f"{file}: No such file or directory; going on with the old settings"
+    assert reloaded(daemon)[-1] == ("err", expected)
     assert daemon.ask(sasl_username="phished") == BLACKLISTED
     assert daemon.ask(sasl_username="bert", recipient_count=5000) == DUNNO
     assert [daemon.ask(recipient_count=count) for count in (9, 1)] == [DUNNO, HOLD]
@@ -154,13 +152,12 @@ def test_a_mistake_or_no_file_is_logged_and_the_old_settings_stay(policyd: Start
 def test_what_needs_a_restart_is_said_and_no_password_shown(policyd: Start) -> None:
     """The rest of the file applies."""
     daemon = policyd(defaultquota=10)
-    old_port, new_port = daemon.port, free_port()
-    needs = []
-    for settings, names in (({"port": new_port, "bind": "127.0.0.2"}, "bind, port"),
-                            ({"port": old_port, "dbname": "x", "dbuser": "x", "dbpass": "hunter2"},
-                             "dbhost, dbname, dbuser, dbpass")):  # fmt: skip
+    port, needs = daemon.port, []
+    database = {"port": port, "dbname": "x", "dbuser": "x", "dbpass": "hunter2"}
+    for settings, names in (({"port": free_port(), "bind": "127.0.0.2"}, "bind, port"),
+                            (database, "dbhost, dbname, dbuser, dbpass")):  # fmt: skip
         daemon.write_settings(defaultquota=1, **settings)
-        daemon.bind, daemon.port = "127.0.0.1", old_port
+        daemon.bind, daemon.port = "127.0.0.1", port
         for _ in range(2):  # it is still true the second time
             reload(daemon)
             needs.append(f"settings changed that need a restart: {names}")
@@ -169,17 +166,17 @@ def test_what_needs_a_restart_is_said_and_no_password_shown(policyd: Start) -> N
     assert "hunter2" not in "".join(daemon.syslog.messages() + daemon.notifications)
 
 
-# ---- keep_days --------------------------------------------------------------------------------------
+def housekeeper(repository: Any) -> tuple[Policy, Callable[..., None]]:
+    """Return a policy and a function that lets so many seconds pass and has done once what is due then."""
+    clock, policy = Clock(), Policy(read_settings(), None, lambda _: None)  # type: ignore[arg-type]
+    housekeeper = Housekeeper(repository, None, policy, lambda: True, clock)  # type: ignore[arg-type]
 
+    def run_after(seconds: float) -> None:
+        clock.now += seconds
+        waits = iter([False, True])
+        housekeeper.run(types.SimpleNamespace(wait=lambda timeout: next(waits)))  # type: ignore[arg-type]
 
-class OneRound(threading.Event):
-    """The time until the daemon ends, in which what is due is done once."""
-
-    waits = 0
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self.waits += 1
-        return self.waits > 1
+    return policy, run_after
 
 
 @on_each_table
@@ -187,82 +184,44 @@ def test_a_new_keep_days_applies_to_the_next_purge(store: Store, logged: KeptLog
     """Without it a week is kept; a purge that fails is tried again after an hour, and is not the end."""
     for days in range(1, 10):
         store.add([("anna", "", "", days)], age_s=days * DAY_S - 60)
-    clock = Clock()
-    policy = Policy(read_settings(), None, lambda _: None)  # type: ignore[arg-type]
-    repository = store.another()
-    housekeeper = Housekeeper(repository, None, policy, lambda: True, clock)  # type: ignore[arg-type]
+    policy, run_after = housekeeper(store.another())
     for keep_days, kept in [("", 7), ("keep_days=5", 5), ("keep_days=2", 2), ("keep_days=4", 2)]:
         policy.settings = read_settings(*[keep_days] * bool(keep_days))
         before = len(store.rows())
-        clock.now += DAY_S + 1
-        housekeeper.run(OneRound())
+        run_after(DAY_S + 1)
         assert [row[3] for row in store.rows()] == list(range(kept, 0, -1))
         days = policy.settings.keep_days
         assert logged.lines[-1] == ("info", f"purged {before - kept} events older than {days} days")
     lines = len(logged.lines)
-    clock.now += DAY_S - 10
-    housekeeper.run(OneRound())
+    run_after(DAY_S - 10)
     assert len(logged.lines) == lines, "once a day"
 
 
 def test_a_purge_that_fails_is_tried_again_after_an_hour(tmp_path: Path, logged: KeptLog) -> None:
-    clock = Clock()
-    policy = Policy(read_settings(), None, lambda _: None)  # type: ignore[arg-type]
-    nowhere = SQLiteRepository(str(tmp_path / "nowhere" / "events.sqlite3"))
-    housekeeper = Housekeeper(nowhere, None, policy, lambda: True, clock)  # type: ignore[arg-type]
+    _, run_after = housekeeper(SQLiteRepository(str(tmp_path / "nowhere" / "events.sqlite3")))
     for seconds, lines in ((30, 0), (31, 1), (3500, 1), (101, 2)):
-        clock.now += seconds
-        housekeeper.run(OneRound())
+        run_after(seconds)
         assert len(logged.lines) == lines
     assert all(line.text.startswith("old events stay for now: ") for line in logged.lines)
 
 
-# ---- whoever asks meanwhile -------------------------------------------------------------------------
+def test_connections_stay_open_across_a_rush_of_reloads(policyd: Start) -> None:
+    """Whoever asks all the while gets every answer, and the sum runs on.
 
-
-def test_connections_stay_open_across_a_reload(policyd: Start) -> None:
-    """Whoever asks all the while gets every answer, and the sum runs on."""
-    daemon = policyd()
-    reloaded = threading.Event()
-    answers = 0
-
-    def ask_until_reloaded() -> None:
-        nonlocal answers
-        with daemon.connect() as connection:
-            while not reloaded.is_set() or not answers:
-                connection.sendall(request_bytes(sasl_username="steady"))
-                assert read_answer(connection) == DUNNO
-                answers += 1
-            connection.sendall(request_bytes(sasl_username="steady"))
-            assert read_answer(connection) == DUNNO
-
-    asking = threading.Thread(target=ask_until_reloaded)
-    asking.start()
-    try:
-        for _ in range(5):
-            reload(daemon)
-    finally:
-        reloaded.set()
-        asking.join()
-    daemon.wait_for_log(f"Updating db: steady/alice@example.org/192.0.2.1/1/{answers + 1}")
-
-
-def test_a_rush_of_reloads_does_not_end_the_daemon(policyd: Start) -> None:
-    """A signal that arrives while another is acted upon waits for its turn, whichever thread the kernel asks."""
+    A signal that arrives while another is acted upon waits for its turn, whichever thread the kernel asks.
+    """
     daemon = policyd(defaultquota=1)
-    daemon.write_settings(port=daemon.port, defaultquota=2)
-    for _ in range(500):
-        daemon.signal(signal.SIGHUP)
+    daemon.write_settings(defaultquota=10**6)
     reload(daemon)
-    assert daemon.ask() == DUNNO
+    with Load([daemon], 1, "steady") as load:
+        for _ in range(5):
+            load.wait_for_more(1)
+            reload(daemon)
+        for _ in range(500):
+            daemon.signal(signal.SIGHUP)
+        reload(daemon)
+        load.wait_for_more(1)
+    load.assert_no_request_failed()
+    assert {answer.action for answer in load.answers} == {DUNNO}
+    daemon.wait_for_log(f"Updating db: steady/alice@example.org/192.0.2.1/1/{len(load.answers)}")
     assert daemon.stop() == 0
-
-
-def test_systemd_is_told_of_a_reload(policyd: Start) -> None:
-    """As sd_notify(3) asks: when it begins, by the monotonic clock, and when it is over."""
-    daemon = policyd()
-    for mistake in ("", "quota=1\n"):  # over it is in any case
-        daemon.settings_file.write_text(f"port={daemon.port}\n{mistake}")
-        told = reload(daemon)
-        assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=[0-9]{6,}", told[0])
-        assert re.fullmatch(r"READY=1\nSTATUS=.*", told[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import types
 from pathlib import Path
 from typing import Any, Callable
 
@@ -12,7 +14,6 @@ from stores import KeptLog, SQLiteStore, total
 
 from policyd import Event, Policy, RecentAnswers, Recorder, Settings
 
-QUOTA = 3
 Start = Callable[..., Policyd]
 
 
@@ -23,43 +24,35 @@ def store(tmp_path: Path) -> SQLiteStore:
 
 @pytest.fixture
 def relay(store: SQLiteStore, logged: KeptLog) -> Relay:
-    return Relay(store, logged, f"defaultquota={QUOTA}", "blacklist=listed")
+    return Relay(store, logged, "defaultquota=3", "blacklist=listed")
 
 
-def test_a_repetition_gets_the_same_answer_and_is_counted_and_logged_once(relay: Relay) -> None:
-    """Whatever the sum has become meanwhile."""
-    assert relay.ask("anna", recipient_count=2, instance="1.2.3") == (
-        DUNNO, ["Updating db: anna/alice@example.org/192.0.2.1/2/2"]
-    )
+def test_a_repetition_gets_the_same_answer_and_is_counted_and_logged_once(store: SQLiteStore, relay: Relay) -> None:
+    """Whatever the sum has become meanwhile; without an instance nothing is taken for one."""
+    first = ["Updating db: anna/alice@example.org/192.0.2.1/2/2"]
+    assert relay.ask("anna", recipient_count=2, instance="1.2.3") == (DUNNO, first)
     assert relay.ask("anna", recipient_count=2, instance="1.2.3", protocol_state="DATA") == (DUNNO, [])
     answer, lines = relay.ask("anna", instance="1.2.4")
     assert (answer, len(lines)) == (HOLD, 2)
     assert relay.ask("anna", instance="1.2.4") == (HOLD, [])
     assert relay.ask("anna", recipient_count=2, instance="1.2.3") == (DUNNO, [])
     assert [len(relay.ask("listed", instance="1.2.5").lines) for _ in range(2)] == [1, 0]
+    for _ in range(2):
+        relay.ask("bert", instance="")
+    assert total(store, "bert") == 2
 
 
-@pytest.mark.parametrize(
-    ("again", "counted"),
-    [
-        ({}, 1),
-        ({"recipient_count": 2}, 3),  # a refused DATA followed by more recipients keeps the instance
-        ({"peer": "127.0.0.2"}, 2),  # two relays number their messages alike
-        ({"instance": "1.2.4"}, 2),
-    ],
-)
+@pytest.mark.parametrize(("again", "counted"), [
+    ({}, 1), ({"instance": "1.2.4"}, 2),
+    ({"recipient_count": 2}, 3),  # a refused DATA followed by more recipients keeps the instance
+    ({"peer": "127.0.0.2"}, 2),  # two relays number their messages alike
+])  # fmt: skip
 def test_a_message_is_its_peer_its_instance_and_its_recipient_count(
     store: SQLiteStore, relay: Relay, again: dict[str, Any], counted: int
 ) -> None:
     for message in ({}, again):
         relay.ask("anna", **{"instance": "1.2.3", **message})
     assert total(store) == counted
-
-
-def test_without_an_instance_nothing_is_taken_for_a_repetition(store: SQLiteStore, relay: Relay) -> None:
-    for _ in range(2):
-        relay.ask("anna", instance="")
-    assert total(store) == 2
 
 
 @pytest.mark.parametrize("bind", ["127.0.0.1", "socket"])
@@ -81,43 +74,31 @@ def test_a_repetition_waits_while_the_first_one_is_still_being_counted(relay: Re
 
 
 def test_the_last_10_000_answers_are_remembered_and_only_the_first_one_counts() -> None:
-    answers = RecentAnswers()
-    told: list[str] = []
+    answers, told = RecentAnswers(), []
     for number in range(10_001):
         assert answers.ask(number, told.append)
         answers.settle(number, f"answer {number}")
         answers.settle(number, "another")
-    assert told == [f"answer {number}" for number in range(10_001)]
     for number in (1, 10_000):
         assert not answers.ask(number, told.append)
-        assert told[-1] == f"answer {number}"
+    assert told == [f"answer {number}" for number in (*range(10_001), 1, 10_000)]
     assert answers.ask(0, told.append), "the oldest one makes room"
 
 
-class Faulty:
-    """A recorder with a fault of ours: in its own code, or in what it tells."""
-
-    def __init__(self, told: object = None) -> None:
-        self._told = told
-
-    def record(self, event: Event, on_usage: Any) -> None:
-        if self._told is None:
-            raise RuntimeError("a fault of ours")
-        Recorder._tell([(event, on_usage, 0.0)], [self._told])  # type: ignore[list-item]
-
-
-@pytest.mark.parametrize("recorder", [Faulty(), Faulty("no usage")], ids=["in the recorder", "in the decision"])
-def test_after_a_fault_of_ours_mail_flows_and_nobody_waits(logged: KeptLog, recorder: Any) -> None:
+@pytest.mark.parametrize("usage", [None, "no usage"], ids=["in the recorder", "in the decision"])
+def test_after_a_fault_of_ours_mail_flows_and_nobody_waits(logged: KeptLog, usage: Any) -> None:
     """Also a repetition is answered; and the fault is logged, or goes on to who logs it."""
-    policy = Policy(Settings(), recorder, lambda _: None)
-    request = a_request(sasl_username="anna")
+
+    def record(event: Event, on_usage: Any) -> None:
+        if usage is None:
+            raise RuntimeError("a fault of ours")
+        Recorder._tell([(event, on_usage, 0.0)], [usage])
+
+    policy = Policy(Settings(), types.SimpleNamespace(record=record), lambda _: None)  # type: ignore[arg-type]
     replies: list[str] = []
-    faults = 0
-    try:
-        policy.answer(request, "127.0.0.1", replies.append)
-    except RuntimeError:
-        faults = 1
+    with pytest.raises(RuntimeError) if usage is None else contextlib.nullcontext():
+        policy.answer(a_request(sasl_username="anna", instance="1.2.3"), "127.0.0.1", replies.append)
     assert replies == [DUNNO]
-    assert faults + len(logged.errors()) == 1
-    policy.answer(request, "127.0.0.1", replies.append)
+    assert len(logged.errors()) == (usage is not None)
+    policy.answer(a_request(sasl_username="anna", instance="1.2.3"), "127.0.0.1", replies.append)
     assert replies == [DUNNO] * 2

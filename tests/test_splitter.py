@@ -10,10 +10,8 @@ from typing import Callable
 
 import pytest
 from daemons import BACK_S, BEGINS, errors
-from servers import DUNNO, HOLD, REJECT, SCHEMA, Database, MariaDB, Policyd, wait_until
-from stores import GENEROUS, Door, DoorHandler, count, event, maria_repository, soon, sums
-
-from policyd import RepositoryUnavailable, Settings
+from servers import DUNNO, HOLD, REJECT, SCHEMA, MariaDB, Policyd, wait_until
+from stores import Door, DoorHandler, event, maria_repository, sums
 
 pytestmark = pytest.mark.mariadb  # two of its own
 WARNING = "the server does not show what it has just stored: send policyd to the primary"
@@ -21,58 +19,40 @@ FOR_EVER = 24 * 3600  # more than any test takes: the replica never catches up b
 
 
 class Node(MariaDB):
-    """A MariaDB that others may follow."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self._number = number
+    """A MariaDB that others may follow; without TLS: the splitter reads what is said."""
 
     def launch(self, *options: str) -> None:
-        """Start the server, without TLS: the splitter reads what is said."""
-        super().launch(f"--server-id={self._number}", "--log-bin=binlog", "--skip-ssl", *options)
+        """Start the server."""
+        super().launch(f"--server-id={self.port}", "--log-bin=binlog", "--skip-ssl", *options)
 
     def follow(self, primary: MariaDB) -> None:
-        """Take over what the primary does from now on."""
+        """Do what the primary does from now on, long after it."""
         primary.query("GRANT REPLICATION SLAVE ON *.* TO 'replica'@'127.0.0.1' IDENTIFIED BY 'secret'")
-        file, position = primary.query("SHOW MASTER STATUS")[0][:2]
         self.query(
             "CHANGE MASTER TO MASTER_HOST = %s, MASTER_PORT = %s, MASTER_USER = 'replica', MASTER_PASSWORD = 'secret',"
-            " MASTER_LOG_FILE = %s, MASTER_LOG_POS = %s, MASTER_SSL = 0, MASTER_SSL_VERIFY_SERVER_CERT = 0",
-            (primary.host, primary.port, file, position),
+            " MASTER_LOG_FILE = %s, MASTER_LOG_POS = %s, MASTER_SSL = 0, MASTER_SSL_VERIFY_SERVER_CERT = 0,"
+            " MASTER_DELAY = %s",
+            (primary.host, primary.port, *primary.query("SHOW MASTER STATUS")[0][:2], FOR_EVER),
         )
         self.query("START SLAVE")
 
-    def wait_for(self, primary: MariaDB) -> None:
-        """Wait until all is done here that has been done there."""
-        file, position = primary.query("SHOW MASTER STATUS")[0][:2]
-        assert self.query("SELECT MASTER_POS_WAIT(%s, %s, 60)", (file, position))[0][0] not in (None, -1)
-
-    def lag(self, seconds: int) -> None:
-        """Do what the primary does so much later."""
-        self.query("STOP SLAVE")
-        self.query(f"CHANGE MASTER TO MASTER_DELAY = {seconds}")
-        self.query("START SLAVE")
-
-
-class Splitter(Door):
-    """Sends what reads to the replica and all else to the primary, as MaxScale, ProxySQL or MySQL Router can do."""
-
-    def __init__(self, primary: MariaDB, replica: MariaDB, database: str) -> None:
-        super().__init__(primary.host, primary.port)
-        self.replica = replica
-        self.database = database
-        self.RequestHandlerClass = SplitterHandler
+    def catch_up(self) -> None:
+        """Lag no more."""
+        for statement in ("STOP SLAVE", "CHANGE MASTER TO MASTER_DELAY = 0", "START SLAVE"):
+            self.query(statement)
 
 
 class SplitterHandler(DoorHandler):
-    server: Splitter
+    """Sends what reads to the replica and all else to the primary, as MaxScale, ProxySQL or MySQL Router can do."""
+
+    replica: Node
 
     def handle(self) -> None:
         import pymysql
 
-        replica = self.server.replica
-        reader = pymysql.connect(host=replica.host, port=replica.port, user=replica.user, password=replica.password,
-                                 database=self.server.database, charset="utf8mb4", ssl_disabled=True)  # fmt: skip
+        reader = pymysql.connect(host=self.replica.host, port=self.replica.port, user=self.replica.user,
+                                 password=self.replica.password, database="policyd1", charset="utf8mb4",
+                                 ssl_disabled=True)  # fmt: skip
         with reader, socket.create_connection(self.server.target) as writer:
             self.server.passing += [self.request, writer, reader._sock]
             for source in (writer, reader._sock):  # one at a time answers
@@ -83,72 +63,33 @@ class SplitterHandler(DoorHandler):
                 (reader._sock if is_read else writer).sendall(header + said)
 
 
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[tuple[Node, Node]]:
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Node, Node]]:
     """A primary and a replica; always MariaDB: MySQL has other words for it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("POLICYD_TEST_SERVER", raising=False)
-        primary, replica = Node(1), Node(2)
+    monkeypatch.delenv("POLICYD_TEST_SERVER", raising=False)
+    both = Node(), Node()
     try:
-        primary.install()
-        replica.install()
-        replica.follow(primary)
-        yield primary, replica
+        for each in both:
+            each.install()
+        yield both
     finally:
-        replica.remove()
-        primary.remove()
+        for each in both:
+            each.remove()
 
 
-@pytest.fixture
-def database(nodes: tuple[Node, Node]) -> Iterator[Database]:
-    """A fresh database of the primary, with a table that the replica has, too, and in which it sees no row."""
-    primary, replica = nodes
-    new = primary.new_database(SCHEMA)
-    replica.wait_for(primary)
-    replica.lag(FOR_EVER)
-    yield new
-    primary.drop_database(new.name)
-    replica.lag(0)
-
-
-@pytest.fixture
-def splitter(nodes: tuple[Node, Node], database: Database) -> Iterator[Splitter]:
-    """The way to both."""
-    new = Splitter(*nodes, database.name)
-    yield new
-    new.shut()
-
-
-def test_a_replica_that_lags_is_an_outage_until_it_has_caught_up(
-    nodes: tuple[Node, Node], splitter: Splitter, database: Database
-) -> None:
-    repository = maria_repository(database, dbport=str(splitter.port))
-    batch = [event("anna", 3), event("bert", 4)]
-    assert repository.insert(batch, soon()) == set()
-    with pytest.raises(RepositoryUnavailable, match=WARNING):
-        sums(repository, batch)
-    nodes[1].lag(0)
-    nodes[1].wait_for(nodes[0])
-    assert sums(repository, batch) == [3, 4]
-
-
-def test_the_quota_holds_behind_a_splitter_and_all_is_counted(
-    splitter: Splitter, database: Database, policyd: Callable[..., Policyd]
-) -> None:
+def test_the_quota_holds_behind_a_replica_that_lags(nodes: tuple[Node, Node], policyd: Callable[..., Policyd]) -> None:
+    primary, SplitterHandler.replica = nodes
+    database, same = (each.new_database(SCHEMA) for each in nodes)
+    assert database.name == same.name == "policyd1"
+    SplitterHandler.replica.follow(primary)
+    splitter = Door(primary.host, primary.port)
+    splitter.RequestHandlerClass = SplitterHandler
     daemon = policyd(**{**database.settings(), "dbport": str(splitter.port)}, defaultquota=20)
     answers = [daemon.ask(sasl_username="anna") for _ in range(60)]
     assert answers == [DUNNO] * 19 + [HOLD] * 20 + [REJECT] * 21
     assert errors(daemon)[0].text.startswith(f"{BEGINS}{WARNING}")
-    splitter.replica.lag(0)
+    SplitterHandler.replica.catch_up()
     wait_until(lambda: database.query("SELECT SUM(recipient_count) FROM events") == [(60,)], "all is there", BACK_S)
-
-
-@pytest.mark.parametrize("is_bounded", [False, True])
-def test_who_is_forgiven_at_once_begins_none(database: Database, is_bounded: bool) -> None:
-    """What was inserted is there, though its sum is less."""
-    repository = maria_repository(database)
-    settings = Settings(defaultquota=3) if is_bounded else GENEROUS
-    assert count(repository, event("anna", 2000), settings=settings) == [2000]
-    assert repository.insert([event("anna", 5)], soon()) == set()
-    database.query("UPDATE events SET recipient_count = -recipient_count")
-    assert sums(repository, [event("anna", 5)], settings) == [0]
+    repository = maria_repository(database, dbport=str(splitter.port))
+    wait_until(lambda: sums(repository, [event("anna", 0)]) == [60], "the replica has caught up")
+    splitter.shut()

@@ -33,14 +33,15 @@ ALWAYS = 10**6  # times
 PLAIN, HOURLY = Settings(), Settings(hourquota=50)
 INCIDENTS = ("HOLD overquota", "HOLD blocked", "REJECT overquota")
 
+ALL = ("insert", "usages", "ask", "check")
 STORE_FAULTS = {  # what can be wrong with the store, and what it then does not do
-    "away": ("insert", "usages", "ask", "check"),  # fails before it has done anything
+    "away": ALL,  # fails before it has done anything
     "refusing": ("insert",),  # read-only, though it says that it is ready
     "mute": ("usages", "ask"),  # the question fails after the insert
     "losing answers": ("insert",),  # commits, and the connection is cut
-    "frozen": ("insert", "usages", "ask", "check"),  # nothing until the deadline
+    "frozen": ALL,  # nothing until the deadline
     "waking up": ("insert",),  # the same, and then does what it was told when it is too late
-    "slow": ("insert", "usages", "ask", "check"),
+    "slow": ALL,
 }
 DISK_FAULTS = {  # the same of the journal's disk
     "full": ("insert", "check", "delete_first"),
@@ -120,8 +121,8 @@ class Store(policyd.SQLiteRepository):
         if times:
             self._relay.has_answered()
         refused = {n for n, event in enumerate(events) if is_refused(event)}
-        taken = [event for n, event in enumerate(events) if n not in refused]
-        ts = [then for n, then in enumerate(times) if n not in refused] if times else None
+        taken = [event for event in events if not is_refused(event)]
+        ts = times and [then for n, then in enumerate(times) if n not in refused]
         try:
             fault = self._pass("insert", deadline)
         except RepositoryUnavailable:
@@ -274,8 +275,8 @@ class Relay:
                 is_killed = True
         may_be_lost = self.journal.kept + sum(self.removed.values())
         if not is_killed:
-            forgotten = [re.match(r"(\d+) events are forgotten", line.text) for line in world.log.lines[lines:]]
-            may_be_lost = sum(int(match[1]) for match in forgotten if match)
+            said = "\n".join(line.text for line in world.log.lines[lines:])
+            may_be_lost = sum(map(int, re.findall(r"^(\d+) events are forgotten", said, re.MULTILINE)))
         self.close()
         world.owed.update({event: self for event, answer in self.answers.items() if answer and answer[0]})
         in_file = events_in(self.path)
@@ -322,8 +323,8 @@ class Relay:
         if is_looked:
             self.look()
 
-    def kill(self, **how: Any) -> None:
-        self.terminate(is_killed=True, **how)
+    def kill(self) -> None:
+        self.terminate(is_killed=True)
 
     def reload(self, settings: Settings) -> None:
         if settings.needs_hour and not self.settings.needs_hour:
@@ -335,18 +336,15 @@ class Relay:
     def send(self, *messages: tuple[str, int | str]) -> None:
         """Let messages (login, recipients) and incidents (login, which) arrive at once; the recorder takes a turn."""
 
-        def act() -> None:
-            self._arrive(self.world.events(messages))
-            self._turn()
-
-        self._alive(act)
+        self._arrive(self.world.events(messages))
+        self.turn()
 
     def send_meanwhile(self, *messages: tuple[str, int | str]) -> None:
         """Let messages arrive while the store takes its time the next time."""
         self.meanwhile += self.world.events(messages)
 
     def turn(self) -> None:
-        """Let the recorder take a turn, though nothing has come."""
+        """Let the recorder take a turn, though nothing may have come."""
         self._alive(self._turn)
 
     def look(self) -> None:
@@ -375,6 +373,7 @@ class Relay:
         meanwhile, self.meanwhile = self.meanwhile, []
         self._arrive(meanwhile)
         self.world.clock.now += seconds / 2
+        assert not meanwhile or self.recorder.longest_wait_s() >= seconds / 2, "nobody sees that they wait"
 
     def has_answered(self) -> None:
         """By now the batch has been answered; what follows is the replay."""
@@ -406,6 +405,7 @@ class Relay:
             self.recorder.turn()
             self.has_answered()
             self.recorder.tell_next()
+            self.recorder.tell_next()  # none: its thread waits
             if not self.is_stored:
                 self.known.update(list(asked))
             if is_readable:
@@ -439,15 +439,18 @@ class Relay:
 
     def _check_not_above(self, event: Event, usage: Usage) -> None:
         """No answer is above the truth, which may be a day old when the store is away."""
-        login, times = event.sasl_username, 1 if event in self.told and not self.journal.trouble else 2
-        day, hour = (math.inf if self.world.is_ahead else times * window + SLACK_S for window in (DAY_S, HOUR_S))
-        true = sum(recipients([one]) * (1 + self.world.permitted[one]) for one in self._sent(login, day))
+        times = 1 if event in self.told and not self.journal.trouble else 2
+        day, hour = (
+            self._sent(event.sasl_username, math.inf if self.world.is_ahead else times * window + SLACK_S)
+            for window in (DAY_S, HOUR_S)
+        )
+        # A server that wakes up stores as of then what was sent long before.
+        late = [one for one in self.world.sent[event.sasl_username] for _ in range(self.world.permitted[one])]
+        true = recipients([*day, *late])
         assert usage.recipients <= true, f"{usage} for {event}, and {true} is the truth"
-        assert usage.incidents <= incidents(self._sent(login, day))
+        assert usage.incidents <= incidents([*day, *late])
         if self.settings.needs_hour:
-            # A server that wakes up stores as of then what was sent long before.
-            doubles = sum(recipients([one]) * self.world.permitted[one] for one in self._sent(login, day))
-            true = sum(recipients([one]) for one in self._sent(login, hour)) + doubles
+            true = recipients([*hour, *late])
             assert usage.of_hour <= true, f"{usage} for {event}, and {true} is the truth of the hour"
 
     def _check_not_below(self, event: Event, usage: Usage, known: list[Event], waited: set[Event]) -> None:
@@ -475,6 +478,7 @@ class Relay:
             assert "Traceback" not in line.text, line.text
             if "UPDATING db: over" in line.text:
                 waits = self.known + self.pending + events_in(self.path) - self.unseen
+                waits = [event for event in waits if not is_refused(event)]  # that would be so again
                 assert not waits, f"the outage was called over, and {waits} waits"
 
     # the disk

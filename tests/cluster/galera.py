@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import pymysql
 import pytest
 from servers import MariaDB, free_port, wait_until
 
@@ -34,16 +35,6 @@ class Node(MariaDB):
             shutil.chown(self.directory, "mysql")
             shutil.chown(data, "mysql")
 
-    @property
-    def is_running(self) -> bool:
-        """Tell whether the process is there."""
-        return self._process is not None and self._process.poll() is None
-
-    @property
-    def client_address(self) -> str:
-        """Where policyd finds it."""
-        return f"{self.host}:{self.port}"
-
     def launch(self, *options: str) -> None:
         """Start the server; once it has a group, as a node of it: it may take a while until it answers."""
         if self.group:
@@ -64,19 +55,18 @@ class Node(MariaDB):
 
     def is_synced_with(self, nodes: int) -> bool:
         """Tell whether the node takes part in a cluster of so many nodes."""
-        import pymysql
-
+        names = ("wsrep_cluster_size", "wsrep_local_state_comment")
         with contextlib.suppress(pymysql.err.OperationalError):
-            return (
-                self._answers()
-                and self.status("wsrep_cluster_size") == str(nodes)
-                and self.status("wsrep_local_state_comment") == "Synced"
-            )
+            return [self.status(name) for name in names if self._answers()] == [str(nodes), "Synced"]
         return False
 
-    def isolate(self, is_isolated: bool = True) -> None:
-        """Cut the node off from the others, as a network does that parts; or end that."""
-        self.query(f"SET GLOBAL wsrep_provider_options = 'gmcast.isolate={int(is_isolated)}'")
+    def is_not_prepared(self) -> bool:
+        """Tell whether the node takes connections and refuses to work."""
+        try:
+            self.query("SELECT 1 FROM mysql.user")
+        except pymysql.err.OperationalError as error:
+            return bool(error.args[0] == 1047)
+        return False
 
 
 class Cluster(NamedTuple):
@@ -86,7 +76,7 @@ class Cluster(NamedTuple):
 
     def dbhost(self, *order: int) -> str:
         """Return the setting that names the nodes in this order."""
-        return ",".join(self.nodes[n].client_address for n in order)
+        return ",".join(f"{node.host}:{node.port}" for node in (self.nodes[n] for n in order))
 
     def bootstrap(self) -> None:
         """Start the first node as the one from which the others are to get everything."""
@@ -101,7 +91,7 @@ class Cluster(NamedTuple):
     def wait_until_whole(self) -> None:
         """Start the nodes that are down and wait until all are one cluster."""
         for node in self.nodes:
-            if not node.is_running:
+            if node._process is None or node.process.poll() is not None:
                 node.launch()
         for node in self.nodes:
             wait_until(lambda node=node: node.is_synced_with(len(self.nodes)), "the cluster is whole", WHOLE_TIMEOUT_S)

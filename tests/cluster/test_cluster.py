@@ -9,14 +9,37 @@ from typing import Callable
 
 import pytest
 from daemons import BACK_S, BEGINS, CONNECTIONS, ENDS, Load, errors, send_at_once
-from galera import Cluster
-from servers import DUNNO, HOLD, REJECT, Database, Policyd, wait_until
+from galera import Cluster, Node
+from servers import DUNNO, HOLD, REJECT, SCHEMA, Database, Policyd, wait_until
 
 from policyd import REPLAY_SLICE
 
 Start = Callable[..., Policyd]
 
-NOT_PREPARED = 1047
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Three nodes, all of them up."""
+    new = Cluster([])
+    try:
+        new.nodes.extend(Node() for _ in range(3))
+        new.nodes[0].install()
+        new.nodes[0].stop()
+        new.bootstrap()
+        new.wait_until_whole()
+        request.config.get_terminal_writer().line(f"Galera cluster of MariaDB {new.nodes[0].version}")
+        yield new
+    finally:
+        for node in new.nodes:
+            node.remove()
+
+
+@pytest.fixture
+def database(cluster: Cluster) -> Iterator[Database]:
+    """A fresh database in the whole cluster, with the table of scripts/schema.sql."""
+    new = cluster.nodes[0].new_database(SCHEMA)
+    yield new
+    cluster.wait_until_whole()
+    cluster.nodes[0].drop_database(new.name)
 
 
 def relay(policyd: Start, cluster: Cluster, database: Database, *order: int, quota: int = 100_000) -> Policyd:
@@ -44,27 +67,17 @@ def is_over(daemon: Policyd) -> bool:
     return not lines or ENDS.match(lines[-1]) is not None
 
 
-def is_not_prepared(cluster: Cluster, number: int) -> bool:
-    """Tell whether the node takes connections and refuses to work."""
-    import pymysql
-
-    try:
-        cluster.nodes[number].query("SELECT 1 FROM mysql.user")
-    except pymysql.err.OperationalError as error:
-        return bool(error.args[0] == NOT_PREPARED)
-    return False
-
-
 @contextlib.contextmanager
 def cut_off(cluster: Cluster, *numbers: int) -> Iterator[None]:
-    """Part nodes from all others, and join them again."""
+    """Part nodes from all others, as a network does that parts, and join them again."""
+    statement = "SET GLOBAL wsrep_provider_options = 'gmcast.isolate=%s'"
     try:
         for number in numbers:
-            cluster.nodes[number].isolate()
+            cluster.nodes[number].query(statement, (1,))
         yield
     finally:
         for number in numbers:
-            cluster.nodes[number].isolate(False)
+            cluster.nodes[number].query(statement, (0,))
 
 
 # --- a cluster in good health ---
@@ -76,8 +89,8 @@ def test_two_relays_on_two_nodes_hold_a_login_at_one_quota(
     """In spite of all the conflicts: one login, one sender, one address, many rows of the same millisecond."""
 
     def conflicts() -> int:
-        counters = ("wsrep_local_cert_failures", "wsrep_local_bf_aborts")
-        return sum(int(node.status(counter)) for node in cluster.nodes for counter in counters)
+        names = ("wsrep_local_cert_failures", "wsrep_local_bf_aborts")
+        return sum(int(node.status(name)) for node in cluster.nodes for name in names)
 
     relays = [relay(policyd, cluster, database, *order, quota=1000) for order in ((0, 1, 2), (1, 2, 0))]
     before = conflicts()
@@ -150,7 +163,7 @@ def test_a_node_that_has_lost_the_others_is_passed_over(policyd: Start, cluster:
     early = relay(policyd, cluster, database, 0, 1, 2)
     assert early.ask() == DUNNO
     with cut_off(cluster, 0):
-        wait_until(lambda: is_not_prepared(cluster, 0), "the node knows that it is alone")
+        wait_until(lambda: cluster.nodes[0].is_not_prepared(), "the node knows that it is alone")
         wait_until(lambda: cluster.nodes[1].is_synced_with(2), "the others go on", BACK_S)
         late = relay(policyd, cluster, database, 0, 1, 2)
         for daemon in (early, late):
@@ -158,7 +171,7 @@ def test_a_node_that_has_lost_the_others_is_passed_over(policyd: Start, cluster:
             assert daemon.ask(recipient_count=10) == DUNNO
             wait_until(lambda daemon=daemon: is_over(daemon), "another node is used", BACK_S)
             assert daemon.ask(recipient_count=100) == DUNNO
-        assert f"({NOT_PREPARED}, " in outages_begun(early)[0]
+        assert "(1047, " in outages_begun(early)[0]
     cluster.wait_until_whole()
     assert sums(cluster, database) == [221] * 3
 
@@ -172,7 +185,7 @@ def test_without_the_cluster_the_quota_holds_and_in_the_end_all_is_there(
     assert sums(cluster, database) == [10] * 3
     with cut_off(cluster, 0, 1) if ending == "no quorum" else contextlib.nullcontext():
         if ending == "no quorum":
-            wait_until(lambda: all(is_not_prepared(cluster, n) for n in range(3)), "all know that they are alone")
+            wait_until(lambda: all(node.is_not_prepared() for node in cluster.nodes), "all know that they are alone")
         else:
             for node in cluster.nodes:
                 node.kill()

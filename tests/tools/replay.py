@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """What the quotas and the early signs do: weeks of made-up honest mail, thieves of several kinds, and who is held when.
 
-Limits, places, signs and verdicts are policyd's own code.  What its repositories answer (sums, which places of a login
-are known) and when the path and the sweep look, is done here, on lists.
+Who is held is decided by policyd's own store, watch and rules.
 
 On record: a fast botnet (a log of 2019: 80 addresses, 24 of which lie in 20 places; 8 to 10 recipients a message, three
 messages a second), a slow one (2026: 132 addresses in a week, a message every 5 to 40 minutes), and, most often, one
@@ -20,6 +19,7 @@ by day after half an hour to three hours, else between eight and ten in the morn
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import ipaddress
 import math
@@ -36,7 +36,7 @@ from typing import Any, Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from policyd import EARLY_FLOOR, LASTING, NEVER, Limits, Settings, Sighting, Usage, UserList, decide, place_of, signs
+from policyd import LASTING, Event, Limits, Settings, SQLiteRepository, Usage, UserList, Watch, decide, place_of
 
 MINUTE_S, HALF_HOUR_S, HOUR_S, DAY_S = 60, 1800, 3600, 86_400
 WARM_UP = 31  # days: one more than the longest keep_days
@@ -47,21 +47,23 @@ class Rule(NamedTuple):
 
     name: str
     keep_days: int  # 0: the past does not matter
-    limits: Limits
-    networks: int = NEVER
+    settings: Settings
+
+    @property
+    def limits(self) -> Limits:
+        return self.settings.limits_of("anna")
 
 
-NETWORKS = 10  # /24 or /48 within an hour, beyond which policyd 0.1 held
 EARLY = {
-    "more than 5 new places in 30 min, or 15 in 24 h": Settings(early_signs="yes", new_place_quota=0),
-    "100 recipients in 5 messages within 1 h from new places": Settings(early_signs="yes", max_places=0),
-    "both: early_signs=yes": Settings(early_signs="yes"),
+    "more than 5 new places in 30 min, or 15 in 24 h": {"new_place_quota": 0},
+    "100 recipients in 5 messages within 1 h from new places": {"max_places": 0},
+    "both: early_signs=yes": {},
 }
 RULES = [
-    Rule("quota 1500 alone", 0, Settings().limits_of("somebody")),
-    Rule("hourquota 300", 0, Settings(hourquota=300).limits_of("somebody")),
-    Rule("before: more than 10 networks in 1 h", 0, Settings().limits_of("somebody"), NETWORKS),
-    *(Rule(name, days, given.limits_of("somebody")) for name, given in EARLY.items() for days in (7, 30)),
+    Rule("quota 1500 alone", 0, Settings()),
+    Rule("hourquota 300", 0, Settings(hourquota=300)),
+    *(Rule(name, days, Settings(early_signs="yes", keep_days=days, **given))
+      for name, given in EARLY.items() for days in (7, 30)),
 ]
 
 # ---- where people are -----------------------------------------------------------------------------------------------
@@ -101,12 +103,6 @@ def address(dice: random.Random, first: str) -> str:
     if len(first) == 4:
         return f"{first}:{dice.getrandbits(16):x}:{dice.getrandbits(16):x}:{dice.getrandbits(16):x}::1"
     return f"{first}.{dice.getrandbits(8)}.{dice.getrandbits(8)}.{dice.randrange(1, 255)}"
-
-
-@functools.cache
-def network_of(client_address: str) -> str:
-    """Return what the addresses of one /24 or /48 have in common."""
-    return client_address.rsplit(".", 1)[0] if "." in client_address else ":".join(client_address.split(":")[:3])
 
 
 class Country:
@@ -331,91 +327,87 @@ def never_forgiven(at: float) -> float:
     return math.inf
 
 
+FORGIVE = (
+    "UPDATE {table} SET recipient_count = CASE WHEN recipient_count IS NULL THEN 0 ELSE -recipient_count END"
+    " WHERE {of_login} AND {since day} AND (recipient_count > 0 OR recipient_count IS NULL)"
+)
+
+
 class Login:
     """What a login has sent, and what policyd does about it.
 
-    Only candidates are put to the rules: messages with which figures that are certainly not too low (every place is
-    new, nothing is forgiven) hold somebody.  `decide` is never softer for higher figures, so it passes the others.  The
-    sweep looks within a minute after a message; if no other has come between, it sees no more places than there were
-    with that message, so it finds nobody but after a candidate.
+    Its store and its watch are asked about candidates only: messages with which figures that are certainly not too low
+    hold somebody.  `decide` is never softer for higher figures, so it passes the others.  The sweep looks within a
+    minute after a message; if no other has come between, it sees no more places than there were with that message, so
+    it finds nobody but after a candidate.
     """
 
     def __init__(self, sent: Sequence[Sent], world: World, since: float, phase: float) -> None:
-        self._sent, self._trusted, self._phase = sent, world.trusted, phase  # of the sweep within its minute
+        self._sent, self._world, self._since, self._phase = sent, world, since, phase  # of the sweep within its minute
         self._times = [message.at for message in sent]
-        self._places = [world.place_of(message.client_address) for message in sent]
-        self._networks = [place and network_of(message.client_address) for message, place in zip(sent, self._places)]
-        self._sums = [0, *accumulate(message.recipients for message in sent)]
-        self._used: dict[str | None, list[float]] = defaultdict(list)  # when, by place
-        for at, place in zip(self._times, self._places):
-            self._used[place].append(at)
-        self.candidates = list(self._find(bisect_left(self._times, since)))
+        self.first = bisect_left(self._times, since)
+        self.candidates = list(self._find())
 
-    def _find(self, first: int) -> Iterator[tuple[int, Usage, int]]:
-        """Yield the candidates from this message on, with the highest figures, and the networks of the hour."""
+    def _find(self) -> Iterator[tuple[int, Usage, Usage]]:
+        """Yield the candidates: which message, the highest figures, and those if there has been no incident yet.
+
+        At the highest, every place is new; without an incident those are known that were used before.
+        """
         strictest = Limits(*(min(limits) for limits in zip(*(rule.limits for rule in RULES))))
-        for n in range(first, len(self._times)):
+        memory = min(rule.keep_days or WARM_UP for rule in RULES) * DAY_S - 2 * MINUTE_S
+        places = [self._world.place_of(message.client_address) for message in self._sent]
+        sums = [0, *accumulate(message.recipients for message in self._sent)]
+        for n in range(self.first, len(self._times)):
             at, end = self._times[n], n + 1
-            day, hour, half = (bisect_right(self._times, at - window, 0, n) for window in (DAY_S, HOUR_S, HALF_HOUR_S))
-            recipients, of_hour = self._sums[end] - self._sums[day], self._sums[end] - self._sums[hour]
-            of_half, of_day = len(set(self._places[half:end])), len(set(self._places[day:end]))
-            most = Usage(recipients, of_hour, new_places=of_half, new_places_24h=of_day, from_new_places=of_hour)
-            networks = len({network for network in self._networks[hour:end] if network})
-            if networks > NETWORKS or decide(most, strictest).action != "DUNNO":
-                yield n, most, networks
+            day, hour, half, oldest = (
+                bisect_right(self._times, at - window, 0, n) for window in (DAY_S, HOUR_S, HALF_HOUR_S, memory)
+            )
+            recipients, of_hour = sums[end] - sums[day], sums[end] - sums[hour]
+            of_half, of_day = set(places[half:end]), set(places[day:end])
+            most = Usage(recipients, of_hour, frozenset(), 0, len(of_half), len(of_day), of_hour)
+            if decide(most, strictest).action != "DUNNO":
+                known = {None, *places[oldest:day]}
+                volume = 0 if places[n] in known else of_hour
+                yield n, most, most._replace(
+                    new_places=len(of_half - known), new_places_24h=len(of_day - known), from_new_places=volume
+                )
 
     def incidents(self, rule: Rule, forgiven: Callable[[float], float]) -> list[Incident]:
         """Return when the login is stopped, each time that it has no incident."""
         found: list[Incident] = []
-        for n, most, networks in self.candidates:
-            at, held = self._times[n], "networks" if networks > rule.networks else ""
-            if any(incident.holds(at) for incident in found):
+        limits, now, stored = rule.limits, self._since, 0
+        candidates = [each for each in self.candidates if decide(each[1], limits).action != "DUNNO"]
+        if not candidates:
+            return found
+        settings = dataclasses.replace(rule.settings, trusted_network=self._world.trusted)
+        store = SQLiteRepository(":memory:", lambda: now)
+        watch = Watch(store, lambda: now)
+        times = [int(at * 1000) for at in self._times]
+        events = [Event("anna", "", message.client_address, message.recipients) for message in self._sent]
+        store.insert([Event("bert", "", "192.0.2.1", 1)], 0, [int(now - 4 * DAY_S) * 1000])  # a table that remembers
+        list(watch.sweep(settings, 0))
+        for n, most, first in candidates:
+            at = self._times[n]
+            if found[-1].holds(at) if found else decide(first, limits).action == "DUNNO":
                 continue
-            if not held and decide(most, rule.limits).action != "DUNNO":
-                held = self._held(n, at, HOUR_S, rule, found)
-                sweep = at + MINUTE_S - (at - self._phase) % MINUTE_S
-                swept = most._replace(recipients=0, of_hour=0, from_new_places=0)
-                is_last = all(later > sweep for later in self._times[n + 1 : n + 2])
-                if not held and is_last and decide(swept, rule.limits).action != "DUNNO":
-                    at, held = sweep, self._held(n, sweep, DAY_S, rule, found)
-            if held:
-                found.append(Incident(at, held, forgiven(at)))
+            if found and now < found[-1].forgiven <= at:
+                begin, now = stored, found[-1].forgiven
+                stored = bisect_left(self._times, now)
+                store.insert(events[begin:stored], 0, times[begin:stored])
+                store.ask(FORGIVE, {"login": "anna", "day": DAY_S})
+            begin, now, stored = stored, at, n + 1
+            store.insert(events[begin:stored], 0, times[begin:stored])
+            (usage,) = watch.look([events[n]], store.usages([events[n]], settings, 0), settings, 0)
+            verdicts = [decide(usage, limits)]
+            if verdicts[0].action != "DUNNO":
+                store.insert([Event("anna", "", verdicts[0].incident, None)], 0)
+            elif decide(most._replace(recipients=0, of_hour=0, from_new_places=0), limits).action != "DUNNO":
+                now = at + MINUTE_S - (at - self._phase) % MINUTE_S
+                if all(later > now for later in self._times[n + 1 : n + 2]):
+                    verdicts = [verdict for _, verdict, _ in watch.sweep(settings, MINUTE_S)]
+            found += [Incident(now, each.rule, forgiven(now)) for each in verdicts if each.action != "DUNNO"]
+        store.close()
         return found
-
-    def _held(self, n: int, at: float, window: int, rule: Rule, found: Sequence[Incident]) -> str:
-        """Return by which rule a message is held in the path (the window is an hour), or the login by the sweep."""
-        usage, path = Usage(0), window == HOUR_S
-        if path:
-            begin = max((incident.forgiven for incident in found if incident.forgiven <= at), default=0)
-            day, hour = (bisect_right(self._times, max(at - ago, begin), 0, n) for ago in (DAY_S, HOUR_S))
-            usage = Usage(self._sums[n + 1] - self._sums[day], self._sums[n + 1] - self._sums[hour])
-        verdict, first = decide(usage, rule.limits), bisect_right(self._times, at - window)
-        is_little = path and usage.of_hour < min(EARLY_FLOOR, rule.limits.new_place_quota)
-        if verdict.action != "DUNNO" or not rule.limits.early_signs or is_little:
-            return verdict.rule
-        new = self._new(at, self._places[first : n + 1], rule, found)
-        if path and self._places[n] not in new:
-            return ""
-        seen: dict[str, Sighting] = {}
-        for when, recipients, client in (self._sent[i] for i in range(first, n + 1) if self._places[i] in new):
-            before, recent = seen.get(client, Sighting(client, 0, 0, 0)), when > at - HOUR_S
-            counts = before.recipients + recent * recipients, before.messages + recent
-            seen[client] = Sighting(client, *counts, at - when)
-        half, day, volume = signs(seen.values(), set(), self._trusted)  # those from known places would not matter
-        usage = usage._replace(new_places=half, new_places_24h=day, from_new_places=volume if path else 0)
-        return decide(usage, rule.limits).rule
-
-    def _new(self, at: float, places: Sequence[str | None], rule: Rule, found: Sequence[Incident]) -> set[str]:
-        """Return which of the places are not known: used a day ago, and before what is unforgiven; or forgiven."""
-        oldest = at - rule.keep_days * DAY_S
-        lasting = (each.at for each in found if each.rule in LASTING and each.at > oldest and each.forgiven > at)
-        spans = [(oldest, min([at, *lasting]) - DAY_S)]
-        spans += [(max(oldest, each.forgiven - DAY_S), each.forgiven) for each in found if each.forgiven <= at]
-
-        def is_known(used: list[float]) -> bool:
-            return any(bisect_right(used, begin) < bisect_right(used, end) for begin, end in spans)
-
-        return {place for place in set(places) if place and not is_known(self._used[place])}
 
 
 # ---- the figures ----------------------------------------------------------------------------------------------------
@@ -449,13 +441,11 @@ def replay(people: Population, seed: int, users: int, days: int, victims: int) -
 
 
 def mean(counts: Sequence[int], units: float) -> str:
-    """Return the mean of a unit and its 95 % interval: people drawn anew a thousand times; of nobody, three at most."""
+    """Return the mean of a unit and its 95 % interval, as people come by chance; of nobody, three at most."""
     if not counts:
         return f"0 (0-{3 / units:.2f})"
-    dice, number = random.Random(1), len(counts)
-    drawn = [round(max(0, dice.gauss(number, math.sqrt(number)))) for _ in range(1000)]
-    means = sorted(sum(dice.choices(counts, k=many)) / units for many in drawn)
-    return f"{sum(counts) / units:.2f} ({means[25]:.2f}-{means[974]:.2f})"
+    total, spread = sum(counts), 1.96 * math.hypot(*counts)
+    return f"{total / units:.2f} ({max(0, total - spread) / units:.2f}-{(total + spread) / units:.2f})"
 
 
 def median(figures: Iterable[int]) -> str:
