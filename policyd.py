@@ -1418,7 +1418,7 @@ class MariaDBRepository:
                     self._table = None  # the index has gone: look again
                 if tried > _retries(error):
                     self._pool.pass_over()
-                    is_large = error.args[:1] == (1153,)
+                    is_large = error.args[:1] in [(1153,), (2006,)]  # or it hangs up while we are still sending
                     raise (TooLarge if is_large else RepositoryUnavailable)(str(error)) from error
 
     @contextlib.contextmanager

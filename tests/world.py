@@ -253,6 +253,7 @@ class Relay:
         self.known: Counter[Event] = Counter()
         self.pending = events_in(self.path)
         self.unseen: Counter[Event] = Counter()
+        self.is_gone_unseen = False
         self.learnt: set[Event] = set()  # of those, what it was asked about: known also when the file cannot be read
         self.removed: Counter[Event] = Counter()  # in a file that is gone and still open
         self.has_looked = False  # at the file
@@ -393,6 +394,9 @@ class Relay:
         """Let the recorder's thread take turns until nobody waits."""
         while True:
             is_readable = not (self.disk_fault and self.disk_fault.kind == "unreadable")
+            if is_readable and self.is_gone_unseen:
+                self.last.clear()  # what was known of a file that could not be read ends when it is seen to be gone
+                self.is_gone_unseen = False
             if not self.journal.next_look_s() and self.directory.exists():
                 self.has_looked = True
                 self.pending, self.unseen = self.pending + self.unseen, Counter()
@@ -506,6 +510,7 @@ class Relay:
             return
         self.known, self.pending, self.unseen = self.known - in_file, self.pending - in_file, self.unseen - in_file
         self.last.clear()
+        self.is_gone_unseen = True
         if is_for_ever:
             self.world.lost |= set(in_file) - set(self.world.copies)
 
