@@ -108,9 +108,7 @@ def run_process(*command: object, **how: Any) -> subprocess.CompletedProcess[str
 
 def pasted(commands: Iterable[str], directory: Path) -> list[list[str]]:
     """Let one shell run commands there; return the words that each policyd-admin among them was called with."""
-    for name, line in (("policyd-admin", """printf '%s\\0' "$@" '' >>words"""), ("systemctl", "")):
-        (directory / name).write_text(f"#!/bin/sh\n{line}\n")
-        (directory / name).chmod(0o755)
+    program(directory, "policyd-admin", """printf '%s\\0' "$@" '' >>words""")
     (directory / "words").write_text("")
     done = run_process("sh", "-c", "\n".join(commands), cwd=directory, env={"PATH": f"{directory}:{PYTHON_FIRST}"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done
@@ -137,7 +135,7 @@ def printed(result: subprocess.CompletedProcess[str]) -> str:
     assert (result.returncode, result.stderr) == (0, ""), result
     assert re.fullmatch(r"[ -~\n]*", result.stdout), result.stdout
     for line in result.stdout.splitlines():
-        is_word = re.match(r" *(policyd-admin|printf|on_stop=)", line) or "/" in line
+        is_word = re.match(r" *(policyd-admin|blacklist=|on_stop=)", line) or "/" in line
         assert len(line) <= 80 or is_word or "not known: " in line, line
     assert commands_in(result.stdout), result.stdout
     return result.stdout
@@ -160,17 +158,13 @@ def refusal(result: subprocess.CompletedProcess[str], status: int = 1, has_plan:
 
 def commands_in(text: str) -> list[str]:
     """Return the commands that a text offers to paste."""
-    return re.findall(r"^  ((?:policyd-admin|printf|on_stop=).*)$", text, re.MULTILINE)
+    return re.findall(r"^  ((?:policyd-admin|on_stop=).*)$", text, re.MULTILINE)
 
 
 def facts(report: str) -> dict[str, str]:
     """Return what stands beside each name in the first paragraph of a report."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in report.split("\n\n")[0].splitlines():
-        name = line[:13].strip() or name
-        found[name] = f"{found[name]}; {line[14:]}" if name in found else line[14:]
-    return found
+    text = report.split("\n\n")[0].replace("\n" + " " * 16, "; ")
+    return {line[:15].strip(): line[16:] for line in text.splitlines()}
 
 
 def rows_of(report: str, heading: str) -> list[list[str]]:

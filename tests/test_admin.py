@@ -92,11 +92,11 @@ def test_the_twenty_logins_with_the_most_recipients(store: Store, tmp_path: Path
     file = settings_file(tmp_path, store.settings)
     text = printed(run("top", "-c", file))
     assert ranking(text) == OF_24_H
-    assert text.startswith("The twenty logins with the most recipients of the last 24 hours\n(")
+    assert text.startswith("The 20 logins with the most recipients of the last 24 hours\n")
     assert ranking(printed(run("-c", file, "top", "-w"))) == OF_7_DAYS
     text = printed(run("top", "-n3", f"-wc{file}"))
     assert ranking(text) == OF_7_DAYS[:3]
-    assert text.startswith("The 3 logins with the most recipients of the last 7 days\n(")
+    assert text.startswith("The 3 logins with the most recipients of the last 7 days\n")
     assert len(ranking(printed(run("top", "-n", "9999", "-c", file)))) == 25
     rows = list(csv.DictReader(run("top", "--csv", "-n2", "-wc", file).stdout.splitlines()))
     assert [(row["login"], row["recipients"], row["recipients_24h"]) for row in rows] == [
@@ -176,22 +176,10 @@ def test_nothing_in_a_login_can_talk_to_the_terminal(store: Store, tmp_path: Pat
     assert f" {STRANGE_LOGIN_SHOWN[:27]}>" in printed(run("whatif", "3", "-c", file))
 
 
-def test_colour_is_for_a_terminal_and_who_hangs_up_gets_no_traceback(tmp_path: Path) -> None:
-    store = embedded(tmp_path, *SHARES)
+def test_who_hangs_up_gets_no_traceback(tmp_path: Path) -> None:
+    store = embedded(tmp_path)
     store.add([(f"user{n}", "", "", 1) for n in range(1000)], 1)
     file = settings_file(tmp_path, store.settings)
-
-    def on_a_terminal(**environment: str) -> str:
-        terminal, side = os.openpty()
-        done = run_process(sys.executable, ADMIN, "top", "-c", file, stdout=side, env={"TERM": "xterm", **environment})
-        os.close(side)
-        text = os.read(terminal, 65536).decode()
-        os.close(terminal)
-        assert (done.returncode, done.stderr) == (0, "")
-        return text
-
-    assert "\x1b[31mREJECT\x1b[0m" in on_a_terminal(NO_COLOR="")
-    assert "\x1b" not in on_a_terminal(NO_COLOR="1")
     done = run_process("sh", "-c", f"{sys.executable} {ADMIN} top -n 9999 -c {file} | head -1")
     assert (done.stdout[:10], done.stderr) == ("The 9999 l", "")
 
@@ -206,21 +194,21 @@ def moment(age_s: float) -> str:
 
 @on_both
 def test_why_she_is_held_and_until_when(store: Store, tmp_path: Path) -> None:
+    ages = {"held_since": 5 * HOUR_S, "held_until": -DAY_S + 5 * HOUR_S + 1800}
+    before = list(map(moment, ages.values()))
     fill(store, *BORIS, Entry(60, "anna", 3), Entry(60, "boriss", 4), Entry(60, "bori", 5))
     file = settings_file(tmp_path, store.settings, "defaultquota=1500")
     line = file.read_text().splitlines().index("defaultquota=1500") + 1
-    ages = {"held since": 5 * HOUR_S, "held until": -DAY_S + 5 * HOUR_S + 1800, "last message": 1800}
-    before = list(map(moment, ages.values()))
     text = printed(run("user", "Boris@example.org", "-c", file))
     known = facts(text)
-    assert {name: known[name] for name in ("login", "state", "quota", "quota set by", "refused from", "sum now")} == {
-        "login": "boris", "state": "HOLD: overquota (1612>1500)", "quota": "1500 recipients in 24 hours",
-        "quota set by": f"{file}:{line} defaultquota=", "refused from": "3000 (twice the quota)",
-        "sum now": "1612 recipients, 4 messages, 107% of it",
+    expected = {
+        "login": "boris", "state": "HOLD", "why": "overquota (1612>1500)", "quota": "1500", "reject": "3000",
+        "set_by": f"{file}:{line} defaultquota", "recipients": "1612", "recipients_1h": "400", "messages": "4",
     }  # fmt: skip
+    assert {name: known[name] for name in expected} == expected
     for name, first, last in zip(ages, before, map(moment, ages.values())):
         assert first <= known[name][:16] <= last, name
-    assert known["held until"].endswith(", if nothing more is sent")
+    assert known["held_until"].endswith(", if nothing more is sent")
     assert known["incidents"].startswith("HOLD overquota, 20")
     hours = [int(words[1]) for words in rows_of(text, "recipients of the last 24 hours;")]
     assert {23 - n: number for n, number in enumerate(hours) if number} == {0: 400, 5: 1200, 20: 12}
@@ -231,7 +219,7 @@ def test_why_she_is_held_and_until_when(store: Store, tmp_path: Path) -> None:
     assert rows_of(text, "sender ") == [
         ["bank@example.net", "2", "1200"], ["<>", "1", "400"], ["boris@example.org", "1", "12"],
     ]  # fmt: skip
-    assert re.search(r"^in the queue  not known: .+$", text, re.MULTILINE)
+    assert re.search(r"^in_queue        not known: .+$", text, re.MULTILINE)
     commands = [command.split()[1] for command in commands_in(text)]
     assert commands == ["forgive", "held", "block", "delete", "trace", "unblock"]
     (found,) = objects(run("user", "boris", "-c", file, "--json"))
@@ -239,38 +227,35 @@ def test_why_she_is_held_and_until_when(store: Store, tmp_path: Path) -> None:
     assert [client["new"] for client in found["client"]] == [True, True, True, False]
 
 
-TWICE, USUAL = "3000 (twice the quota)", "1500 recipients in 24 hours"
-
-
-@pytest.mark.parametrize(("lines", "state", "quota", "refused"), [
-    ([], "ok: messages go on", USUAL, TWICE),
-    (["quota=anna:0"], "HOLD: overquota (4>0)", "0: each message is held", None),
-    (["quota=ANNA@a.org:unlimited"], "ok: messages go on", "unlimited: never held or refused for the sum", None),
-    (["quota=anna:1"], "REJECT: overquota (4>2x1)", "1 recipients in 24 hours", "2 (twice the quota)"),
-    (["defaultquota=3", "rejectquota=9"], "HOLD: overquota (4>3)", "3 recipients in 24 hours",
-     "9 (FILE:3 rejectquota=)"),
-    (["hourquota=4"], "HOLD: hourquota (4>4)", USUAL, TWICE),
-    (["blacklist=x", "blacklist=Anna"], "HOLD: blacklisted, line 3 of the settings", USUAL, TWICE),
-    (["strip_domain=no", "quota=@a.org:3"], "HOLD: overquota (4>3)", "3 recipients in 24 hours", "6 (twice the quota)"),
+@pytest.mark.parametrize(("lines", "state", "limits", "by"), [
+    ([], "ok: messages go on", "1500 3000 unlimited", "default"),
+    (["quota=anna:0"], "HOLD: overquota (4>0)", "0 unlimited unlimited", "FILE:2 quota=anna"),
+    (["quota=ANNA@a.org:unlimited"], "ok: messages go on", "unlimited unlimited unlimited", "FILE:2 quota=anna"),
+    (["hourquota=8", "quota=anna:1:9"], "REJECT: overquota (4>2x1)", "1 2 9", "FILE:3 quota=anna"),
+    (["hourquota=8", "quota=anna:1"], "REJECT: overquota (4>2x1)", "1 2 8", "FILE:3 quota=anna; FILE:2 hourquota"),
+    (["defaultquota=3", "rejectquota=9"], "HOLD: overquota (4>3)", "3 9 unlimited",
+     "FILE:2 defaultquota; FILE:3 rejectquota"),
+    (["hourquota=4"], "HOLD: hourquota (4>4)", "1500 3000 4", "FILE:2 hourquota"),
+    (["blacklist=x", "blacklist=Anna"], "HOLD: blacklisted, line 3 of the settings", "1500 3000 unlimited", "default"),
+    (["strip_domain=no", "quota=@a.org:3"], "HOLD: overquota (4>3)", "3 6 unlimited", "FILE:3 quota=@a.org"),
 ])  # fmt: skip
 def test_it_is_told_what_holds_her_and_which_line_says_so(
-    tmp_path: Path, lines: list[str], state: str, quota: str, refused: str | None
+    tmp_path: Path, lines: list[str], state: str, limits: str, by: str
 ) -> None:
     login = "anna@a.org" if "strip_domain=no" in lines else "anna"
     file = settings_file(tmp_path, embedded(tmp_path, Entry(60, login, 4)).settings, *lines)
     known = report(file, "anna@a.org")
-    assert (known["state"], known["quota"]) == (state, quota)
-    assert known.get("refused from") == (refused and refused.replace("FILE", str(file)))
-    where = next((n for n, line in enumerate(lines, start=2) if line.startswith(("quota=", "defaultquota="))), 0)
-    assert known["quota set by"].startswith(f"{file}:{where} " if where else "policyd's default")
+    assert f"{known['state']}: {known['why']}" == state
+    assert " ".join(known[name] for name in ("quota", "reject", "hourquota")) == limits
+    assert known["set_by"] == by.replace("FILE", str(file))
 
 
 def test_whoever_is_in_too_many_places_is_held_until_a_day_after_the_incident(tmp_path: Path) -> None:
     settings = embedded(tmp_path, Entry(60, "anna", 4), incident(3600, "anna", "HOLD places")).settings
     known = report(settings_file(tmp_path, settings, "early_signs=yes", "keep_days=30"), "anna")
-    assert known["state"].startswith("HOLD: places (since ")
-    assert known["held until"][:16] in (moment(-23 * HOUR_S), moment(-23 * HOUR_S + 60))
-    assert "held until" not in report(settings_file(tmp_path, settings), "anna")
+    assert known["why"].startswith("places (since ")
+    assert known["held_until"][:16] in (moment(-23 * HOUR_S), moment(-23 * HOUR_S + 60))
+    assert report(settings_file(tmp_path, settings), "anna")["held_until"] == ""
 
 
 def test_a_known_place_is_not_marked_as_new(tmp_path: Path) -> None:
@@ -293,7 +278,7 @@ def test_an_unknown_login_is_said(store: Store, tmp_path: Path) -> None:
         for command in ("user", "forgive", "unblock"):
             assert ": unknown; no message of this login is kept in the " in refusal(run(command, "-c", file, login))
     line = file.read_text().splitlines().index("blacklist=igor") + 1
-    assert report(file, "igor")["state"] == f"HOLD: blacklisted, line {line} of the settings"
+    assert report(file, "igor")["why"] == f"blacklisted, line {line} of the settings"
 
 
 @on_both
@@ -319,10 +304,9 @@ def test_an_old_table_has_logins_and_quotas_as_it_cuts_them(store: Store, tmp_pa
         r"ren\xe9": "[#.....] 20% ok",
     }  # fmt: skip
     known = report(file, "NewsLetter")
-    assert (known["login"], known["in the table"]) == ("newsletter", "newslett: all that begin so are one")
-    assert known["quota"].startswith("100 ")
+    assert (known["login"], known["quota"]) == ("newsletter", "100")
     for login, number in entries.items():
-        assert report(file, login)["sum now"].startswith(f"{number} recipients")
+        assert report(file, login)["recipients"] == str(number)
     before = "The table keeps 8 characters: all logins that begin with newslett are meant\n"
     assert all(printed(run(command, "newsletter", "-c", file)).startswith(before) for command in ("block", "forgive"))
 
@@ -342,9 +326,9 @@ def test_what_is_offered_to_paste_means_the_login_and_nothing_else(tmp_path: Pat
 
 # ---- what is wrong ----------------------------------------------------------------------------------------------
 
-WRONG_CALLS = """ |foo|-c|top x|top -n 0|top -n 10000|top -n|top -x|top --yes|user|user a b|user -x|user --js a|trace
+WRONG_CALLS = """ |foo|-c|top x|top -n 0|top -n|top -x|top --yes|user|user a b|user -x|user --js a|trace
 held --yes|release|delete --yes|release a -y|forgive|block a b|whatif|whatif 0|whatif x|whatif -1|whatif 1 2|doctor x
-whatif 1 --rejectquota 0|whatif 1234567890|mail|mail nobody|mail a@b --server a;b|mail a@b.c --from x|--yes delete a"""
+whatif 1 --rejectquota 0|whatif 1234567890|mail|mail nobody|mail a@b.c --from x|--yes delete a"""
 
 
 def test_a_wrong_call_is_one_line_and_help_is_no_mistake() -> None:
@@ -418,7 +402,6 @@ def test_looking_changes_nothing_the_store_stays_its_owners_and_who_may_not_read
     os.chown(path, 0, 0)
     path.chmod(0o600)
     assert "unable to open database file" in refused("top")
-    assert refused("held") == "only root may look into the queue; run this as root"
     os.chown(file, 0, 0)
     file.chmod(0o600)
     assert refused("top", status=78).startswith(f"{file}: Permission denied; try: chown root:policyd ")
@@ -450,11 +433,11 @@ def test_the_policyd_that_belongs_to_it_is_found_and_no_other(tmp_path: Path) ->
     assert not (tmp_path / "bin" / "__pycache__").exists()
     for place, other in (("modules/policyd.py", "0.1.0"), ("policyd.py", "0.3.0")):
         (tmp_path / place).write_text(text.replace(f'__version__ = "{version}"', f'__version__ = "{other}"') + foreign)
-        line = f"{tmp_path}/{place} is policyd {other}, and this is policyd-admin {version}; install "
-        assert refusal(asked()).startswith(line)
+        line = f"{tmp_path}/{place} is not policyd {version}, as this is; install both from one release"
+        assert refusal(asked()) == line
         (tmp_path / place).write_text(text)
     (tmp_path / "policyd.py").write_bytes(b"\x7fELF\0\0\0")
-    assert refusal(asked()).startswith(f"{tmp_path}/policyd.py is another program, and this is ")
+    assert refusal(asked()).startswith(f"{tmp_path}/policyd.py is not policyd ")
     assert not list(tmp_path.rglob("*.was_run"))
 
 

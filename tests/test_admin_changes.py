@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -58,13 +59,12 @@ def moments(store: Store) -> set[tuple[int, str]]:
 def test_forgiving_says_what_it_would_do_does_it_when_told_and_takes_it_back(store: Store, tmp_path: Path) -> None:
     fill(store, *BORIS, *OTHERS)
     before, times = store.rows(), moments(store)
-    file = settings_file(tmp_path, store.settings, "blacklist=x", "blacklist=anna")
+    file = settings_file(tmp_path, store.settings)
     assert printed(run("forgive", "Boris@x", "-c", file)) == (
         "boris: 2000 recipients of the last 24 hours are forgiven\nboris: HOLD overquota ends\n"
         "boris: REJECT overquota ends\n"
         f"\nNothing was changed.  To do it:\n  policyd-admin forgive --yes Boris@x -c {file}\n"
     )
-    assert "anna: it stays on the blacklist, line " in printed(run("forgive", "anna", "-c", file))
     assert store.rows() == before
     did = printed(run("forgive", "--yes", "Boris@x", "-c", file))
     assert "\nDone: boris has 0 recipients now.\nok: messages go on\n" in did
@@ -131,8 +131,7 @@ def test_a_running_daemon_lets_a_forgiven_login_send_again(policyd: Callable[...
     assert running.ask(sasl_username="anna", recipient_count=4) == DUNNO
     assert running.ask(sasl_username="anna", recipient_count=1) == HOLD, "a second wave"
     known = facts(printed(run("user", "anna", "-c", running.settings_file)))
-    assert known["sum now"].startswith("5 recipients, 3 messages")
-    assert known["forgiven"] == "7 recipients besides"
+    assert (known["recipients"], known["messages"], known["forgiven"]) == ("5", "3", "7")
 
 
 @on_each_table
@@ -145,13 +144,13 @@ def test_a_block_holds_at_once_everywhere_until_it_is_lifted(store: Store, polic
     assert running.ask(sasl_username="boris") == DUNNO
     did = printed(run("block", "boris", "--yes", "-c", file))
     assert "\nHOLD: blocked (since " in did
-    assert [command.split()[1] for command in commands_in(did) if "admin" in command] == ["delete", "trace", "unblock"]
+    assert [command.split()[1] for command in commands_in(did)] == ["delete", "trace", "unblock"]
     assert running.ask(sasl_username="boris") == "HOLD blocked"
     printed(run("block", "boris", "--yes", "-c", file))
     assert [row[3] for row in store.rows() if row[2] == "HOLD blocked"] == [0, None], "24 hours from now on"
     printed(run("block", "newone", "--yes", "-c", file))
     assert running.ask(sasl_username="newone") == "HOLD blocked"
-    assert facts(printed(run("user", "newone", "-c", file)))["state"].startswith("HOLD: blocked (since ")
+    assert facts(printed(run("user", "newone", "-c", file)))["why"].startswith("blocked (since ")
     assert printed(run("unblock", "boris", "-c", file)).startswith("boris: the block ends\n")
     printed(run("unblock", "boris", "--yes", "-c", file))
     assert running.ask(sasl_username="boris") == DUNNO
@@ -174,18 +173,16 @@ def test_what_a_block_offers_to_paste_means_the_login_and_nothing_else(tmp_path:
     """To end it, and to make it last: no line of the settings that would mean something else is offered."""
     store, logins = embedded(tmp_path), ["boris", *(module.login_of(login, False) for login in HOSTILE)]
     file = settings_file(tmp_path, {**store.settings, "strip_domain": "no"})
-    before, lasting, unblocking, found = file.read_text(), [], [], []
+    lasting, unblocking = [], []
     for login in ("boris", *HOSTILE):
-        commands = commands_in(printed(run("block", "--yes", "-c", file, "--", login)))
-        unblocking.append(commands[-1])
-        lasting += [command for command in commands if command.startswith("printf")]
-        found += [login] * commands[0].startswith("printf")
+        text = printed(run("block", "--yes", "-c", file, "--", login))
+        unblocking.append(commands_in(text)[-1])
+        lasting += re.findall("^  blacklist=(.*)$", text, re.MULTILINE)
     assert sorted(row[0] for row in store.rows()) == sorted(logins)
-    assert {"boris", "josé", "жанна", "release", "x" * 250} < set(found)
-    assert not {"0.0.0.0/0", "192.0.2.1", "#comment", "a\\nblacklist=0/0"} & set(found)
-    assert pasted(lasting, tmp_path) == []
-    assert file.read_text() == before + "".join(f"\nblacklist={login}\n" for login in found)
-    assert list(module.Settings.from_file(str(file)).blacklist.lines) == found
+    assert {"boris", "release", "x" * 250} < set(lasting)
+    assert not {"0.0.0.0/0", "192.0.2.1", "#comment", "a\\nblacklist=0/0"} & set(lasting)
+    file.write_text(file.read_text() + "".join(f"blacklist={login}\n" for login in lasting))
+    assert list(module.Settings.from_file(str(file)).blacklist.lines) == lasting
     for login, (command, *words) in zip(logins, pasted(unblocking, tmp_path)):
         assert (command, words[-1]) == ("unblock", login)
         printed(run(command, "--yes", *words))

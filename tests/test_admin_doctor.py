@@ -124,11 +124,12 @@ def test_a_daemon_that_does_not_run_or_has_other_settings_is_wrong(
     file = settings_file(tmp_path, {**embedded(tmp_path).settings, "port": str(free_port())})
     found = Findings(file)
     assert found.has("wrong", f"policyd does not run with {file}")
-    assert found.has("wrong", f"pid {running.pid} has {running.settings_file}")
     assert not found.has("wrong", "cannot listen")
     assert found.has("warning", "postconf: fatal: open /nonexistent/main.cf")
     taken = settings_file(tmp_path, {"statedir": str(tmp_path), "port": str(running.port)})
     assert not Findings(taken).has("wrong", "cannot listen"), "policyd itself has the port"
+    other = settings_file(tmp_path, {"statedir": str(running.statedir), "port": str(running.port)})
+    assert Findings(other).has("wrong", f"not run with {other}: pid {running.pid} has {running.settings_file}")
 
 
 def test_the_last_reload_is_told_as_far_as_the_log_tells(tmp_path: Path, policyd: Callable[..., Policyd]) -> None:

@@ -191,8 +191,7 @@ def test_a_human_is_told_all_that_he_asks(store: Store, mails: MailServer, tmp_p
     assert found.message["Date"]
     assert found.message["Message-ID"]
     for part in (
-        "Mail of boris\n", "since 2026-11-25 02:12:44 on ", "6 new places", "HOLD places, limit 5", "312 recipients",
-        "4Xk1b12rTnz3xT", "203.0.113.9", "<bank@example.net>",
+        "Mail of boris\n", "since 2026-11-25T03:12:44+01:00 on ", "6 new places (HOLD places)", "312 recipients",
     ):  # fmt: skip
         assert part in found.text, part
     networks, senders = re.findall(r"^The largest .*\n((?: .*\n)+)", found.text, re.MULTILINE)
@@ -208,9 +207,9 @@ def test_a_human_is_told_all_that_he_asks(store: Store, mails: MailServer, tmp_p
 
 
 RULES = {
-    "HOLD overquota": (1507, 1500, "1507 recipients, quota 1500"),
+    "HOLD overquota": (1507, 1500, "1507 recipients, limit 1500"),
     "REJECT overquota": (3001, 3000, "3001 recipients, limit 3000"),
-    "HOLD hourquota": (301, 300, "301 recipients in an hour, quota 300"), "HOLD places": (16, 15, "16 new places"),
+    "HOLD hourquota": (301, 300, "301 recipients in an hour, limit 300"), "HOLD places": (16, 15, "16 new places"),
     "HOLD newplace": (120, 100, "120 recipients from new places"), "REJECT places": (6, 5, "6 new places"),
     "HOLD blocked": (0, 0, "blocked by hand"),
 }  # fmt: skip
@@ -300,7 +299,7 @@ def test_one_that_is_refused_does_not_keep_the_others_back(file: Path) -> None:
 def test_what_is_no_incident_keeps_no_other_back(mails: MailServer, file: Path) -> None:
     for text, status, sent in (
         ("", 0, 0), ("not json\n", 1, 0), ("[]\n", 1, 0), ('{"login": 5}\n', 0, 1), ('broken\n{"login": "a"}\n', 1, 1),
-        ('{"login": "a", "figure": "x"}\n', 1, 0), ('{"login": "a", "rule": "HOLD {figure.x}"}\n', 0, 1),
+        ('{"login": "a", "figure": "x"}\n', 0, 1), ('{"login": "a", "rule": "HOLD {figure.x}"}\n', 0, 1),
     ):  # fmt: skip
         mails.mails.clear()
         done = mail(mails, file, text)
@@ -356,7 +355,7 @@ def test_a_running_daemon_has_it_mail_and_what_the_mail_says_stops_the_thief(
         lambda: [text for text in postfix.delivered() if f"\nTo: {to}\n" in text], "the mail is delivered"
     )
     found = Mail("", "", [], parse(text.encode()))
-    assert found.subject == f"policyd: HOLD boris: 6 recipients, quota 3 ({HOST})"
+    assert found.subject == f"policyd: HOLD boris: 6 recipients, limit 3 ({HOST})"
     user, forgive, block, delete, trace, unblock = check_text(found)
     environment = {"MAIL_CONFIG": str(postfix.directory / "etc")}
 
@@ -365,7 +364,7 @@ def test_a_running_daemon_has_it_mail_and_what_the_mail_says_stops_the_thief(
         assert (done.returncode, done.stderr) == (0, ""), (command, done)
         return done.stdout
 
-    assert "state         HOLD: overquota (6>3)\n" in typed(user)
+    assert "\nwhy             overquota (6>3)\n" in typed(user)
     typed(block.replace("block", "block --yes", 1))
     assert running.ask(sasl_username="boris") == "HOLD blocked"
     assert "deleted 1 of 1 messages\n" in typed(delete.replace("delete", "delete --yes", 1))

@@ -125,11 +125,11 @@ def test_each_queued_message_stands_under_its_login(postfix: Postfix, run: Admin
     submit(postfix, False, domain="later.example.net")  # bounces and inbound mail: none of our business
     text = printed(run("held"))
     assert by_login(text) == {"boris": {boris}, "alice": alice, "carla": {carla}, NO_LOGIN: {person}}
-    assert re.search(rf"^{boris} +hold +\dm +20k +9 127\.0\.0\.1 +\?\n  boris@example\.org: caf\\xe9 a\\x1b\[31m$",
+    assert re.search(rf"^{boris} +hold +0\.0h +20k +9 127\.0\.0\.1 +\?\n  boris@example\.org: caf\\xe9 a\\x1b\[31m$",
                      text, re.MULTILINE), text  # fmt: skip
     assert "  MAILER-DAEMON: hello\n" in text
     assert re.search(r"^ +9 recipients from boris@example\.org$", text, re.MULTILINE)
-    assert [command.split()[1] for command in commands_in(text)] == ["held", "user", "release", "delete"]
+    assert [command.split()[1] for command in commands_in(text)] == ["user", "release", "delete"]
     rows = objects(run("held", "--json"))
     assert [row["login"] for row in rows] == ["boris", "alice", "carla", ""]
     assert (rows[1]["recipients"], rows[1]["quota"], rows[1]["state"]) == (5, QUOTA, "HOLD")
@@ -142,10 +142,10 @@ def test_the_named_logins_are_listed_whatever_queue_they_wait_in(postfix: Postfi
     text = printed(run("held", "ALICE", "nobody"))
     assert by_login(text) == {"alice": alice}
     assert "alice: 1 deferred, 1 hold\n" in text
-    assert "nobody: nothing waits\n" in text
+    assert "nobody: nothing\n" in text
     assert by_login(printed(run("held", "Carla@example.com", "alice"))) == {"carla": {carla}, "alice": alice}
     for login in ("release", "--yes", "-x", "a:"):
-        assert printed(run("held", "--", login)).startswith(f"{login}: nothing waits\n")
+        assert f"\n{login}: nothing\n" in printed(run("held", "--", login))
     hold.settings_file.write_text(f"strip_domain = No\nstatedir={hold.statedir}\n")
     assert by_login(printed(run("held", "carla@example.org"))) == {"carla@example.org": {carla}}
 
@@ -160,7 +160,7 @@ def test_whose_decision_it_was_is_told_as_far_as_the_log_tells(postfix: Postfix,
         f"policyd[1]: REJECTING overquota (9>2x3) for user alice using a from ip [192.0.2.1], queue_id={other}",
     )
     rows = objects(run("held", "--json", **environment))
-    rules = {message["queue_id"]: message["rule"] for row in rows for message in row["queued"]}
+    rules = {message["queue_id"]: message["why"] for row in rows for message in row["queued"]}
     assert rules == {alice: "overquota", boris: "blacklisted", other: "not policyd"}
     assert "(1 of them not held by policyd)\n" in printed(run("release", "alice", **environment))
 
@@ -295,18 +295,12 @@ def test_nothing_is_done_when_one_argument_is_wrong(postfix: Postfix, run: Admin
     unknown = "no login and no queue id of a message that waits"
     words = ("anna", NO_LOGIN, "ALL", "*", "-", "boris\nboris", "\x1b[31m\\é'\"", f"{boris}0")
     wrong = dict.fromkeys(words, unknown)
-    wrong[person] = "it has no login, it was not policyd that held it: use postsuper"
-    while boris.isdigit():  # it would be the same in small letters
-        postfix.delete(boris)
-        boris = submit(postfix, "boris")
-    postfix.add_login(boris.lower())
-    other = submit(postfix, boris.lower(), recipients=QUOTA)
-    wrong[boris] = "a login and a queue id, too: use postsuper"
+    wrong[person] = "no login sent it, policyd has not held it: use postsuper"
     for command in ("release", "delete"):
         for word, reason in wrong.items():
             line = refusal(run(command, "--yes", "--", "boris", word, "boris"))
             assert line == f"{printable(word)}: {reason}; nothing was changed"
-    assert queue(postfix) == dict.fromkeys([boris, person, other], "hold")
+    assert queue(postfix) == dict.fromkeys([boris, person], "hold")
 
 
 def test_a_postfix_that_cannot_be_asked_is_said(hold: Policyd, postfix: Postfix, run: Admin, tmp_path: Path) -> None:
@@ -318,7 +312,7 @@ def test_a_postfix_that_cannot_be_asked_is_said(hold: Policyd, postfix: Postfix,
         assert line == "postqueue: fatal: open /nonexistent/main.cf: No such file or directory"
         assert refusal(run(*arguments, **environment)) == "postcat: fatal: no memory"
     assert queue(postfix) == before
-    assert facts(printed(run("user", "alice")))["state"].startswith("HOLD"), "nothing was forgiven"
+    assert facts(printed(run("user", "alice")))["state"] == "HOLD", "nothing was forgiven"
 
 
 # ---- trace --------------------------------------------------------------------------------------------------------
