@@ -248,3 +248,9 @@ def test_a_daemon_counts_on_while_a_long_history_is_forgiven(database: Database,
     (found,) = objects(run("top", "--json", "-c", file))
     assert found["recipients"] + found["forgiven"] == 20_000 + counted
     assert found["forgiven"] >= 20_000
+
+
+def test_a_domain_is_no_login_that_could_be_blocked(tmp_path: Path) -> None:
+    file = settings_file(tmp_path, embedded(tmp_path).settings)
+    line = refusal(run("block", "@spam.example", "--yes", "-c", file))
+    assert line == f"@spam.example is no login, but a domain: write blacklist=@spam.example into {file}"

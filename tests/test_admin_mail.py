@@ -221,6 +221,8 @@ def test_each_rule_has_a_subject_that_sorts(mails: MailServer, file: Path) -> No
     assert [found.subject for found in mails.mails] == [
         f"policyd: {rule.partition(' ')[0]} boris: {text} ({HOST})" for rule, (_, _, text) in RULES.items()
     ]
+    for found, rule in zip(mails.mails, RULES):
+        assert ("--release" in found.text) == rule.startswith("HOLD"), "what was refused is not held"
 
 
 def test_of_many_incidents_five_have_a_mail_and_the_rest_one(mails: MailServer, file: Path) -> None:

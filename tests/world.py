@@ -394,7 +394,7 @@ class Relay:
         """Let the recorder's thread take turns until nobody waits."""
         while True:
             is_readable = not (self.disk_fault and self.disk_fault.kind == "unreadable")
-            if is_readable and self.is_gone_unseen:
+            if is_readable and self.is_gone_unseen and self.directory.exists():
                 self.last.clear()  # what was known of a file that could not be read ends when it is seen to be gone
                 self.is_gone_unseen = False
             if not self.journal.next_look_s() and self.directory.exists():
