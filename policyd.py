@@ -2171,9 +2171,10 @@ class Recorder:
     def finish(self) -> None:
         """At the end, do what can still be done for the events that are in memory only."""
         self.journal.look()
+        deadline = self._clock() + BATCH_DEADLINE_S  # for all of them: systemd waits for us
         with self._or_outage():
             while self.journal.kept and not self._away.is_set():
-                self.journal.replay(self._repository, self._clock() + BATCH_DEADLINE_S)
+                self.journal.replay(self._repository, deadline)
         if self.journal.kept:
             log.error(f"{self.journal.kept} events are forgotten: they were counted in memory only")
 

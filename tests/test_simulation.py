@@ -287,6 +287,17 @@ def test_a_first_look_that_takes_long_delays_the_first_answers_only() -> None:
         assert world.clock() == before
 
 
+def test_the_end_takes_no_longer_than_promised_however_slow_the_store() -> None:
+    """What is in memory only goes to it while there is time; the rest is said to be forgotten."""
+    with World() as world:
+        world[0].break_disk("full")
+        world.break_store("away")
+        world[0].send(*[("anna", 1)] * 5 * SLICE)
+        world.break_store("slow", seconds=1.3)
+        world[0].look()
+        world[0].terminate()
+
+
 def test_a_message_that_waits_behind_a_slow_batch_and_its_replay_is_answered_within_3_s() -> None:
     with World() as world:
         world.break_store("away")
