@@ -374,3 +374,15 @@ def test_a_running_daemon_has_it_mail_and_what_the_mail_says_stops_the_thief(
     typed(unblock.replace("unblock", "unblock --yes", 1))
     typed(forgive + " --yes")
     assert running.ask(sasl_username="boris") == "DUNNO"
+
+
+@pytest.mark.parametrize("server", ["::1", "127.0.0.1:x", "a b"])
+def test_a_server_that_cannot_be_is_a_wrong_call(file: Path, server: str) -> None:
+    done = run("mail", "postmaster@example.net", "--server", server, "-c", file)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_what_is_no_text_keeps_no_mail_back(mails: MailServer, file: Path) -> None:
+    done = mail(mails, file, '{"login": "\\ud800", "rule": "HOLD places"}\n', "[" * 100_000 + "\n", told())
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert [found.subject.split()[2] for found in mails.mails] == ["?:", "boris:"]

@@ -79,7 +79,7 @@ def by_login(text: str) -> dict[str, set[str]]:
     """Return the queue ids of each login's table."""
     found: dict[str, set[str]] = {}
     for block in text.split("\n\n"):
-        heading = re.match(r"(.+?): \d+ \w+.*\n", block.lstrip("\n"))
+        heading = re.match(r"(.+?):\n\d+ \w+.*\n", block.lstrip("\n"))
         ids = re.findall(r"^([0-9A-Za-z]{6,})\s+(?:hold|deferred|active|incoming) ", block, re.MULTILINE)
         if heading and ids:
             found[heading[1]] = set(ids)
@@ -141,11 +141,11 @@ def test_the_named_logins_are_listed_whatever_queue_they_wait_in(postfix: Postfi
     carla = submit(postfix, "carla@example.org")
     text = printed(run("held", "ALICE", "nobody"))
     assert by_login(text) == {"alice": alice}
-    assert "alice: 1 deferred, 1 hold\n" in text
-    assert "nobody: nothing\n" in text
+    assert "alice:\n1 deferred, 1 hold\n" in text
+    assert "nobody:\nnothing\n" in text
     assert by_login(printed(run("held", "Carla@example.com", "alice"))) == {"carla": {carla}, "alice": alice}
     for login in ("release", "--yes", "-x", "a:"):
-        assert f"\n{login}: nothing\n" in printed(run("held", "--", login))
+        assert f"\n{login}:\nnothing\n" in printed(run("held", "--", login))
     hold.settings_file.write_text(f"strip_domain = No\nstatedir={hold.statedir}\n")
     assert by_login(printed(run("held", "carla@example.org"))) == {"carla@example.org": {carla}}
 
@@ -162,7 +162,7 @@ def test_whose_decision_it_was_is_told_as_far_as_the_log_tells(postfix: Postfix,
     rows = objects(run("held", "--json", **environment))
     rules = {message["queue_id"]: message["why"] for row in rows for message in row["queued"]}
     assert rules == {alice: "overquota", boris: "blacklisted", other: "not policyd"}
-    assert "(1 of them not held by policyd)\n" in printed(run("release", "alice", **environment))
+    assert "(1 not held by policyd)\n" in printed(run("release", "alice", **environment))
 
 
 def test_three_hundred_messages_are_read_in_a_few_calls(postfix: Postfix, run: Admin, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_what_is_released_is_delivered_now_and_no_other(postfix: Postfix, run: A
     assert "Subject: boris stays\n" not in delivered
     assert facts(printed(run("user", "alice")))["state"].startswith("HOLD")
     submit(postfix, "alice", recipients=QUOTA, text="Subject: honest\r\n\r\n")
-    assert "alice: released and delivered: 1 hold" in printed(run("forgive", "alice", "--release"))
+    assert "alice: released: 1 hold" in printed(run("forgive", "alice", "--release"))
     done = printed(run("forgive", "alice", "--release", "--yes"))
     assert "\nDone: alice has 0 recipients now.\nok: messages go on\nreleased 1 of 1 messages\n" in done
     wait_until(lambda: any("Subject: honest\n" in text for text in postfix.delivered()), "it is delivered")
