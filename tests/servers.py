@@ -813,3 +813,8 @@ class Postfix:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(master_pid, signal.SIGKILL)  # the master leads the process group of all its children
                 pid_file.unlink(missing_ok=True)
+            wait_until(self._is_gone, "nobody listens for postqueue any more")
+
+    def _is_gone(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.directory / "queue" / "public" / "showq")) != 0
