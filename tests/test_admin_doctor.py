@@ -55,9 +55,14 @@ def a_postfix(directory: Path, services: dict[str, str], **main: str) -> dict[st
 # ---- Postfix ------------------------------------------------------------------------------------------------------
 
 
+def files(daemon: Policyd) -> set[str]:
+    """Return what is in its statedir, but for the figures, which it writes once a minute."""
+    return {path.name for path in daemon.statedir.iterdir() if not path.name.startswith("policyd.prom")}
+
+
 def test_with_all_in_place_each_thing_is_said_to_be(postfix: Postfix, policyd: Callable[..., Policyd]) -> None:
     running = policyd(port=postfix.policy_port)
-    before = sorted(path.name for path in running.statedir.iterdir())
+    before = files(running)
     found = Findings(running.settings_file, MAIL_CONFIG=str(postfix.directory / "etc"))
     for part in (
         "events can be counted: ", f"policyd runs with {running.settings_file}, pid {running.pid}",
@@ -71,7 +76,7 @@ def test_with_all_in_place_each_thing_is_said_to_be(postfix: Postfix, policyd: C
     line = LINE.format(f"inet:127.0.0.1:{postfix.policy_port}")
     where = f"127.0.0.1:{postfix.socket_port}/inet"
     assert wrong == f"{where} does not ask policyd; write: -o {{ smtpd_end_of_data_restrictions = {line} }}"
-    assert sorted(path.name for path in running.statedir.iterdir()) == before
+    assert files(running) == before
     assert "Updating db" not in "".join(line.text for line in running.log_lines())
     by_socket = policyd(bind=str(postfix.policy_socket))
     found = Findings(by_socket.settings_file, MAIL_CONFIG=str(postfix.directory / "etc"))
