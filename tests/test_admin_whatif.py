@@ -135,6 +135,16 @@ def test_a_slow_thief_and_one_of_a_single_new_place_too(history: SQLiteStore, tm
     assert objects(run(*arguments, own)) == []
 
 
+def test_the_bulk_of_a_domain_is_not_known_by_its_quota(tmp_path: Path) -> None:
+    logins = ("anna@a.example", "bert@a.example")
+    store = embedded(tmp_path, *(Entry(8 * DAY_S, login, 1) for login in logins))
+    fill(store, *(Entry(3 * HOUR_S - n * 60, login, 30, client="203.0.113.1") for login in logins for n in range(6)))
+    quotas = "quota=@a.example:500", "quota=bert@a.example:500"
+    file = settings_file(tmp_path, store.settings, "strip_domain=no", *quotas)
+    rows = objects(run("whatif", "1500", "--new-place-quota", "100", "--json", "-c", file))
+    assert held(rows) == {"anna@a.example": (2, {"HOLD newplace"})}
+
+
 def test_on_the_first_days_nothing_is_new(tmp_path: Path) -> None:
     thief = (Entry(HOUR_S - n, "boris", 1, client=f"{11 + n}.0.0.1") for n in range(40))
     file = settings_file(tmp_path, embedded(tmp_path, Entry(2 * DAY_S, "anna", 1), *thief).settings)
