@@ -38,8 +38,8 @@ When the database is away, mail flows and the quota holds: events go to a journa
 database when one of the servers of `dbhost` is back.  Without any `db...` setting the events are kept in an
 embedded SQLite file instead, and nothing but Python is needed.
 
-Files:    /etc/postfix/policyd.cfg (settings); in `statedir` journal.sqlite3 (with some room to spare), events.sqlite3
-          (the embedded store), incidents.json (those that `on_stop` has not told yet), policyd.prom (figures for
+Files:    /etc/postfix/policyd.cfg (settings); in `statedir` journal.sqlite3, events.sqlite3 (the
+          embedded store), incidents.json (those that `on_stop` has not told yet), policyd.prom (figures for
           Prometheus), policyd.pid.
 Signals:  HUP reads the settings again, TERM and INT answer what has been asked and end, USR1 logs a status.
 Status:   0, 1 (cannot listen, something is missing in --check), 78 (a mistake in the settings).
@@ -77,24 +77,21 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import ssl
 import stat
 import stringprep
+import subprocess
 import sys
 import syslog
 import threading
 import time
 import traceback
-import types
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional, TypeVar, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional, Union
 
 if TYPE_CHECKING:
-    import ssl
-
     import pymysql
-
-T = TypeVar("T")
 
 __version__ = "0.2.0"
 
@@ -111,7 +108,10 @@ def local_time(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Return `text` as printable ASCII on one line, everything else escaped as in a Python string."""
+    """Return `text` as printable ASCII on one line, everything else escaped as in a Python string.
+
+    For whatever is shown: clients and files may hold newlines that forge a line of the log, and a terminal's commands.
+    """
     if text.isascii() and text.isprintable():
         return text
     return text.encode("unicode_escape").decode("ascii")
@@ -140,38 +140,27 @@ def clean(text: str) -> str:
     return re.sub(" *@ *", "@", re.sub("  +", " ", text)).strip(" ") if " " in text else text
 
 
-def login_of(sasl_username: str, strip_domain: bool) -> str:
-    """Return the account that a `sasl_username` stands for; without its domain, before or after it, if so asked."""
-    whole = clean(sasl_username)
-    if not strip_domain:
-        return whole or sasl_username
-    return whole.partition("@")[0].rpartition("\\")[2].strip(" ") or whole or sasl_username
-
-
-IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 MAPPED = ipaddress.IPv6Network("::ffff:0:0/96"), ipaddress.IPv6Network("64:ff9b::/96")  # IPv4 in there (RFC 4291, 6052)
 
 
-def _unmapped(network: Network) -> Network:
-    """Return an IPv4 network for one that is written as IPv6."""
-    if network.version == 6 and any(network.subnet_of(mapped) for mapped in MAPPED):
-        return ipaddress.IPv4Network((int(network.network_address) & 0xFFFFFFFF, network.prefixlen - 96))
-    return network
-
-
 @functools.lru_cache(maxsize=10_000)
-def address_of(client_address: str) -> IPAddress | None:
-    """Return a client's address, IPv4 also where it comes inside IPv6; None for "unknown" and the like."""
-    try:
-        return _unmapped(ipaddress.ip_network(client_address.partition("%")[0])).network_address
-    except ValueError:  # Postfix says "unknown" of a client that has gone
-        return None
+def as_network(text: str) -> Network | None:
+    """Return an address (a network of one) or a network, IPv4 also where it comes inside IPv6; None for anything else.
+
+    Postfix says "unknown" of a client that has gone.
+    """
+    with contextlib.suppress(ValueError):
+        network = ipaddress.ip_network(text)
+        if network.version == 6 and any(network.subnet_of(mapped) for mapped in MAPPED):
+            return ipaddress.IPv4Network((int(network.network_address) & 0xFFFFFFFF, network.prefixlen - 96))
+        return network
+    return None
 
 
 # ---- log: lines on their way to syslog ------------------------------------------------------------
 
-LOG_QUEUE_LINES = 10_000
+LOG_QUEUE_LINES = 10_000  # some megabytes; of a busy relay a minute
 
 
 class Log:
@@ -182,28 +171,25 @@ class Log:
 
     def __init__(self) -> None:
         self._lines: queue.SimpleQueue[tuple[int, str] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards the next two
+        # Without a lock, which every line would wait for: it is no matter if one of thousands is not counted.
         self._dropped = 0
-        self._complaints: dict[str, list[Any]] = {}  # of a topic: begun when, how many more since, the last line
-        self._write: Callable[[int, str], None] = syslog.syslog
+        self._complaints: dict[str, tuple[float, int, str]] = {}  # of a topic: since when, how many more, the last line
         self.to_stderr = False
         self.thread = threading.Thread(target=self._write_all, name="log", daemon=True)
 
     def start(self, to_stderr: bool) -> None:
-        """Open syslog as daemon/policyd[pid], or write the same lines to stderr, and start the thread."""
+        """Write to syslog as daemon/policyd[pid], or the same lines to stderr, from now on.
+
+        Where nobody listens on /dev/log (a container, a terminal of a fresh machine) lines to syslog would be lost.
+        """
         self.to_stderr = to_stderr or not os.path.exists("/dev/log")
-        if self.to_stderr:
-            tag = f"policyd[{os.getpid()}]: "
-            self._write = lambda level, line: print(tag + line, file=sys.stderr, flush=True)
-        else:
-            syslog.openlog("policyd", syslog.LOG_PID, syslog.LOG_DAEMON)
+        syslog.openlog("policyd", syslog.LOG_PID, syslog.LOG_DAEMON)
         self.thread.start()
 
     def _put(self, level: int, line: str) -> None:
         if self._lines.qsize() < LOG_QUEUE_LINES:
             return self._lines.put((level, printable(line)))
-        with self._lock:
-            self._dropped += 1
+        self._dropped += 1
 
     info = functools.partialmethod(_put, syslog.LOG_INFO)  # a decision
     warning = functools.partialmethod(_put, syslog.LOG_WARNING)  # a human should look
@@ -211,36 +197,38 @@ class Log:
 
     def complain(self, topic: str, line: str) -> None:
         """Warn of what may happen a thousand times: of a topic at once, and tick() tells how many more came."""
-        with self._lock:
-            kept = self._complaints.setdefault(topic, [time.monotonic(), -1, ""])
-            kept[1:] = kept[1] + 1, line
-        if not kept[1]:
+        since, more, _ = self._complaints.get(topic, (time.monotonic(), -1, ""))
+        self._complaints[topic] = since, more + 1, line
+        if more < 0:
             self.warning(line)
 
     def tick(self, now: float) -> None:
-        """Sum up the complaints of the last minute; to be called now and then, with monotonic seconds."""
-        with self._lock:
-            old = [topic for topic, (begun, _, _) in self._complaints.items() if now - begun >= MINUTE_S]
-            for topic in old:
-                _, more, line = self._complaints.pop(topic)
+        """Sum up the complaints of the last minute; to be called now and then, with monotonic seconds.
+
+        A topic that was quiet for a minute is forgotten: so there are never many, though each address may be one.
+        """
+        for topic, (since, more, line) in list(self._complaints.items()):
+            if now - since >= MINUTE_S:
+                del self._complaints[topic]
                 if more:
-                    self._complaints[topic] = [now, 0, line]
+                    self._complaints[topic] = now, 0, line  # it goes on: the next one is told in a minute, not at once
                     self.warning(f"{line} ({more} more like this within a minute)")
 
     def stop(self) -> None:
         """Write what is queued, in a second at most: a stuck syslog must not keep us."""
-        if self.thread.is_alive():
-            self._lines.put(None)
-            self.thread.join(timeout=1)
+        self._lines.put(None)
+        self.thread.join(timeout=1)
 
     def _write_all(self) -> None:
         while (item := self._lines.get()) is not None:
             with contextlib.suppress(OSError, ValueError):  # stderr is closed: nobody to tell
-                self._write(*item)
+                if self.to_stderr:
+                    print(f"policyd[{os.getpid()}]: {item[1]}", file=sys.stderr, flush=True)
+                else:
+                    syslog.syslog(*item)
             if self._dropped and self._lines.empty():
-                with self._lock:
-                    dropped, self._dropped = self._dropped, 0
-                self.warning(f"{dropped} log lines were lost: syslog did not take them")
+                self.warning(f"{self._dropped} log lines were lost: syslog did not take them")
+                self._dropped = 0
 
 
 log = Log()
@@ -257,32 +245,43 @@ GONE = {  # settings of 0.1, and what to write instead: an upgrade by night must
     "notify_from": "--from {} at the end of on_stop=",
     "notify_server": "--server {} at the end of on_stop=",
 }
+REPEATED = ("quota", "trusted_network", "always_allow", "whitelist", "blacklist")  # may be given in several lines
+NEEDS = {"dbssl_cert": ("dbssl_key", "dbssl_ca"), "dbssl_key": ("dbssl_cert",), "dbssl_name": ("dbssl_ca",)}
 
 
 class SettingsError(Exception):
-    """A mistake in the settings: `FILE:LINE: what is wrong, and what may be meant`."""
+    """A mistake in the settings: `FILE:LINE: what is wrong; what to do`.  Whoever shows it makes it printable."""
 
 
 class UserList:
-    """A whitelist or a blacklist: names (logins, senders, @domains) and networks, with the lines they stand in."""
+    """What may be given in several lines, with their lines: names (logins, senders, @domains) and networks, or quotas.
 
-    def __init__(self, entries: Iterable[tuple[str | Network, int]] = ()) -> None:
-        self.lines = dict(entries)
+    Compared by identity, so that what is remembered of one (place_of) is not that of another.
+    """
+
+    def __init__(self, given: Iterable[tuple[Any, int]]) -> None:
+        self.given = tuple(given)  # also what stands there twice: of a quota= that is a mistake, of a name it is none
+        self.lines = dict(self.given)
         self._networks = [entry for entry in self.lines if not isinstance(entry, str)]
 
     def line_of(self, names: Iterable[str], client_address: str) -> int:
-        """Return the number of a line that lists one of `names` or the client's address; 0: there is none."""
-        entries: list[str | Network] = [*names]
-        if self._networks and (address := address_of(client_address)):
-            entries += [ipaddress.ip_network(address), *(network for network in self._networks if address in network)]
-        return next((self.lines[entry] for entry in entries if entry in self.lines), 0)
+        """Return the number of a line that lists one of `names` or the client's address; 0: there is none.
+
+        A name costs the same in a list of any length, a network as much as all of them: lists have some dozens.
+        """
+        client = as_network(client_address) if self._networks else None
+        networks = [network for network in self._networks if client and client.network_address in network]
+        return next((self.lines[entry] for entry in (*names, *networks) if entry in self.lines), 0)
 
 
-NOBODY = UserList()
+NOBODY = UserList(())
 
 
 def names_of(sasl_username: str, login: str, sender: str) -> list[str]:
-    """Return the names by which a list may mean a message: login, `sasl_username`, sender, and the domains of both."""
+    """Return the names by which a list may mean a message: login, `sasl_username`, sender, and the domains of both.
+
+    The login as Postfix gave it, too: with strip_domain=yes its domain is known from there alone.
+    """
     names = [login, clean(sasl_username), clean(sender)]
     return names + ["@" + name.rpartition("@")[2] for name in names[1:] if "@" in name]
 
@@ -297,342 +296,270 @@ class Limits(NamedTuple):
     new_place_quota: int = NEVER  # recipients of an hour from new places: held from it on
     early_signs: bool = False  # do incidents of this kind hold here?
 
-    def decisive(self) -> int:
-        """Return the sum beyond which the answer stays the same."""
-        return max(limit if limit < NEVER else 0 for limit in self[:3])
+
+# How a value is read: what to write, what that looks like (capitals aside), and what makes the value of it: it may
+# still refuse it, by None or a ValueError.  Patterns are ASCII, since to int() digits of all scripts are digits.
+Reader = tuple[str, str, Callable[[str], Any]]
 
 
-# How a value is read: each reader returns it, or raises ValueError (or OSError) with what to write instead.
+def _setting(default: Any, hint: str = "give a value, or remove the line", pattern: str = ".+",
+             make: Callable[[str], Any] = str, restart: bool = False) -> Any:  # fmt: skip
+    """Return a field of Settings, with its default and its reader; `restart`: a change of it needs one."""
+    return dataclasses.field(default=default, metadata={"reader": (hint, pattern, make), "restart": restart})
 
 
-def _like(pattern: str, hint: str, make: Callable[[str], T],
-          is_right: Callable[[T], bool] | None = None) -> Callable[[str], T]:  # fmt: skip
-    """Return a reader of values that look like `pattern`, capitals aside, and are right when they are made."""
-
-    def read(text: str) -> T:
-        if not re.fullmatch(pattern, text, re.IGNORECASE | re.ASCII) or (is_right and not is_right(make(text))):
-            raise ValueError(hint)
-        return make(text)
-
-    return read
-
-
-def _number(lowest: int, highest: int = 999_999_999) -> Callable[[str], int]:
+def _number(lowest: int, highest: int = 999_999_999) -> Reader:
+    """Return the reader of a number, of nine digits at most: a longer one is a slip, and `unlimited` can be said."""
     hint = f"give a number from {lowest} to {highest}, digits only"
-    return _like("[0-9]{1,9}", hint, int, lambda number: lowest <= number <= highest)
+    return hint, "[0-9]{1,9}", lambda text: int(text) if lowest <= int(text) <= highest else None
 
 
-def _range(lowest: int, highest: int, example: str) -> Callable[[str], tuple[int, ...]]:
-    hint = f"give FROM-TO between {lowest} and {highest}, for example {example}"
-    return _like("[0-9]{1,2} *- *[0-9]{1,2}", hint, lambda text: tuple(map(int, text.split("-"))),
-                 lambda ends: lowest <= ends[0] <= ends[1] <= highest)  # fmt: skip
+def _span(text: str) -> tuple[int, ...] | None:
+    """Read FROM-TO; what runs over midnight or Sunday would be empty, and the whitelist without effect."""
+    ends = tuple(map(int, text.split("-")))
+    return ends if ends[0] <= ends[1] else None
 
 
-def _one_of(*words: str) -> Callable[[str], str]:
-    return _like("|".join(words), f"give {', '.join(words[:-1])} or {words[-1]}", str.lower)
-
-
-def _file(path: str) -> str:
-    with open(path, "rb"):
-        return path
-
-
-def _servers(text: str) -> tuple[tuple[str, int | None], ...]:
+def _servers(text: str) -> tuple[tuple[str, int | None], ...] | None:
     """Read `host`, `host:port`, `[IPv6]:port` or `/socket`, several with commas or spaces between."""
     servers: list[tuple[str, int | None]] = []
     for server in text.replace(",", " ").split():
         match = re.fullmatch(r"(/.+|[^][:/]+|(?=.*:.*:)[0-9A-Fa-f:.]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?", server)
         if not match or not 0 < int(match[2] or 1) < 65536:
-            raise ValueError(f"{server} is not a server; give host, host:port, [IPv6]:port or a socket's path")
+            return None
         servers.append((match[1].strip("[]"), int(match[2]) if match[2] else None))
-    if not servers:
-        raise ValueError("give a server")
-    return tuple(servers)
+    return tuple(servers) or None
 
 
-NEVER_MATCHES = {  # what people write into lists, and no login, sender or address ever is
-    r".*\s#.*": "a comment stands in a line of its own; remove what is behind the entry",
-    r".*[,;].*": "one entry a line; write a line for each",
-    r"/.*/[a-z]*": "no regular expressions; give a login, a sender, @domain, an address or a network",
-    r"(['\"]).*\1|[\u2018\u201c\u201e].*": "quotes are part of the value; write it without",
-    r".*<.*>.*": "write it alone, without < and >",
-    r"\*@([^*?]+)": r"did you mean @\1?",
-    r"([0-9]+)\.(\*|\*\.\*|\*\.\*\.\*)": r"did you mean \1.0.0.0/8?",
-    r"([0-9]+\.[0-9]+)\.(\*|\*\.\*)": r"did you mean \1.0.0/16?",
-    r"([0-9]+\.[0-9]+\.[0-9]+)\.\*": r"did you mean \1.0/24?",
-    r"\*.*|.*\*|.*@.*[*?].*|[0-9a-f:]*:\*.*": "no wildcards; give a login, a sender, @domain or a network",
-    r"@?|.*@": "a domain is missing behind @",
-    r"@.*@.*": "no domain has an @",
-    r"@\.(.+)": r"did you mean @\1? subdomains are not meant",
-    r"\[(.*)\](/[0-9]+)?": r"did you mean \1\2?",
-    r"([0-9]+\.){3}[0-9]+|([0-9]+\.){1,3}|.*:::.*|[0-9.]+[*%[][0-9.*%[\]-]*": "this is no address",
-    r"[0-9a-f]*:[0-9a-f:.]*%.*": "write the address without its zone",
-}
+# What people write into lists, and no login, sender or domain ever is: it would be on no list, and nobody would know.
+NEVER_MATCHES = (
+    r"|.* #.*|.*[,;<>].*|[/*\[\u201c\u201e].*|.*[*'\"\u2019\u201d]"  # comments, several, expressions, quotes, wildcards
+    r"|@.*@.*|.*@(\..*|.*[*? ].*)?"  # @.example.org, lena@*.example.org, lena@example.org lisa@example.org
+    r"|([0-9]+\.){3}[^@]*|[0-9.]+([/*%\[][0-9.*%\[\]-]*|\.)"  # 192.0.2.10-20, 10.*, 10/8, 192.0.
+    r"|[0-9a-f:]*:(:|[0-9a-f.]*[/*\u2013 -])[^@]*"  # 2001:db8:::1, 2001:db8:*, 2001:db8:1/48
+)
 
 
-def _entry(text: str) -> str:
-    """Read a name as clean() gives it, unless it can never match."""
+def _entry(text: str) -> str | Network | None:
+    """Read what stands on a list: a name as clean() gives it, an address or a network."""
     entry = clean(text)
-    if address_of(entry) and "%" not in entry:
-        return entry
-    for pattern, hint in NEVER_MATCHES.items():
-        if match := re.fullmatch(pattern, entry, re.DOTALL):
-            raise ValueError(match.expand(hint))
-    words = re.split(" *[-\u2013] *| ", entry)  # 192.0.2.10-20, or one entry behind the other
-    if len(words) > 1 and (address_of(words[0].partition("/")[0]) or (" " in entry and entry.count("@") > 1)):
-        raise ValueError("one entry a line, and no ranges; give networks, for example 192.0.2.0/24")
-    return entry
+    return as_network(entry) or (None if re.fullmatch(NEVER_MATCHES, entry) else entry)
 
 
-def _list_entry(text: str) -> str | Network:
-    """Read a name, or an address or a network in CIDR form."""
-    entry = _entry(text)
-    if not address_of(entry) and not re.fullmatch(r"([0-9a-f:]*[.:][0-9a-f.:]*|[0-9]+)/[0-9.]*", entry):
-        return entry
-    try:
-        address = ipaddress.ip_interface(entry)
-    except ValueError:
-        raise ValueError("not a network; give ADDRESS/PREFIX, for example 192.0.2.0/24 or 2001:db8::/32") from None
-    if address.ip != address.network.network_address:
-        raise ValueError(f"the address has bits beyond the prefix; did you mean {address.network}?")
-    return _unmapped(address.network)
+def _quota(text: str) -> tuple[str, int, int] | None:
+    """Read LOGIN:DAY or LOGIN:DAY:HOUR, a login or an @domain and its quotas; HOUR is 0 for none, -1 for hourquota.
 
-
-def _network(text: str) -> Network:
-    entry = _list_entry(text)
-    if isinstance(entry, str):
-        raise ValueError("give an address or ADDRESS/PREFIX, for example 192.0.2.0/24")
-    return entry
-
-
-def _quota(text: str) -> tuple[str, int, int | None]:
-    """Read LOGIN:DAY or LOGIN:DAY:HOUR, a login and its quotas; the second one is None if it is not given."""
+    A login may have colons and numbers between them: the numbers at the end are the quotas, unless there is a blank
+    behind others (anna:5 bert:6), which are two on one line.
+    """
     number = "([0-9]{1,9}|unlimited)"
     match = re.fullmatch(rf"(?!.*:[0-9]+ )(.*?\S) *: *{number}(?: *: *{number})?", text.lower())
-    if not match:
-        raise ValueError("give LOGIN:N, LOGIN:unlimited or LOGIN:DAY:HOUR, for example newsletter:20000")
-    if match[1] == "*":
-        raise ValueError(f"did you mean defaultquota={match[2]}?")
-    if not isinstance(name := _list_entry(match[1]), str):
-        raise ValueError("a quota is a login's or an @domain's, not an address's")
-    day, hour = (NEVER if limit == "unlimited" else int(limit) for limit in (match[2], match[3] or "0"))
-    return name, day, hour if match[3] else None
+    name = _entry(match[1]) if match else None
+    if not match or not isinstance(name, str):
+        return None
+    day, hour = (NEVER if limit == "unlimited" else int(limit or -1) for limit in match.groups()[1:])
+    return name, day, hour if day < NEVER else max(hour, 0)  # `unlimited` is never held for a sum
 
 
-REPEATED = ("quota", "trusted_network", "always_allow", "whitelist", "blacklist")  # may be given in several lines
-MESSAGE = _like("[\x00-\x7f]{1,200}", "give at most 200 characters, all of them ASCII", str)  # an SMTP line has 512
-MAIL_ADDRESS = _like(r"[A-Z0-9!#$%&'+/=?^_`{|}~.-]+@[A-Z0-9.-]+",
-                     "give a mail address, for example helpdesk@example.org", str.lower)  # fmt: skip
-TABLE_NAME = _like("[A-Z0-9_$]{1,64}", "give a plain SQL name of letters, digits, _ and $, for example events", str)
-BIND = _like("/.+|[A-Z0-9._-]+|[0-9A-F:.]*:[0-9A-F:.]*:[0-9A-F:.%]*",
-             "give an address, a host name or the path of a Unix socket; the port stands in port=", str)  # fmt: skip
+ENTRY = "give one login, sender, @domain, address or network (192.0.2.0/24), without comment or wildcard", ".+", _entry
+FILE = "give a file that policyd can read", ".+", lambda path: path if os.access(path, os.R_OK) else None
+MESSAGE = "give at most 200 characters, all of them ASCII", "[\x00-\x7f]{1,200}"  # an SMTP line has 512
+BIND = "give an address, a host name or a path; the port stands in port=", r"/.+|[\w.-]+|([\w.%]*:){2}[\w.:%]*"
+NETWORK = "give an address, or a network from its first address on (192.0.2.0/24)", ".+", as_network
+QUOTA = "give one LOGIN:N, LOGIN:unlimited or LOGIN:DAY:HOUR; defaultquota= is for whoever has no quota=", ".+", _quota
+SERVERS = "give host, host:port, [IPv6]:port or a socket's path, of a cluster several", ".+", _servers
 
 
-def _setting(default: Any, read: Callable[[str], Any], restart: bool = False, secret: bool = False) -> Any:
-    """Return a field of Settings: its default, how its text is read, and whether a change needs a restart."""
-    facts = {"read": read, "restart": restart}
-    return dataclasses.field(default_factory=lambda: default, repr=not secret, metadata=facts)
-
-
-class _Mismatch(ValueError):
-    """A mistake in the line with this number."""
-
-    def __init__(self, line: int, text: str) -> None:
-        super().__init__(text)
-        self.line = line
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)  # shown to nobody: it has a password
 class Settings:
-    """All settings, each named as in the file; a reload replaces the whole object, so a request sees one state."""
+    """All settings, each named as in the file; a reload replaces the whole object, so a request sees one state.
 
-    bind: str = _setting("127.0.0.1", BIND, restart=True)
-    port: int = _setting(9093, _number(1, 65535), restart=True)
-    max_connections: int = _setting(1000, _number(1, 100_000))
-    mode: str = _setting("enforce", _one_of("enforce", "audit"))
-    defaultquota: int = _setting(1500, _number(1))
-    rejectquota: int = _setting(0, _number(1))  # 0: twice defaultquota
-    hourquota: int = _setting(0, _number(0))  # 0: none
-    quota: dict[str, Limits] = _setting({}, _quota)
-    early_signs: str = _setting("no", _one_of("no", "audit", "yes"))
-    max_places: int = _setting(5, _number(0))  # 0: any number
-    new_place_quota: int = _setting(100, _number(0))  # 0: none
-    trusted_network: UserList = _setting(NOBODY, _network)
-    strip_domain: bool = _setting(True, _like("yes|no", "give yes or no", lambda text: text.lower() == "yes"))
-    hold_message: str = _setting("", MESSAGE)
-    reject_message: str = _setting("", MESSAGE)
-    always_allow: UserList = _setting(NOBODY, MAIL_ADDRESS)
-    whitelist: UserList = _setting(NOBODY, _list_entry)
-    blacklist: UserList = _setting(NOBODY, _list_entry)
-    whitelist_days: tuple[int, int] = _setting((1, 5), _range(1, 7, "1-5"))
-    whitelist_hours: tuple[int, int] = _setting((7, 19), _range(0, 24, "7-19"))
-    keep_days: int = _setting(7, _number(2, 36_500))
-    on_stop: Sequence[str] = _setting((), shlex.split)
-    dbhost: tuple[tuple[str, int | None], ...] = _setting((), _servers, restart=True)
-    dbport: int = _setting(3306, _number(1, 65535), restart=True)
-    dbname: str = _setting("", str, restart=True)
-    dbuser: str = _setting("", str, restart=True)
-    dbpass: str = _setting("", str, restart=True, secret=True)
-    dbssl_ca: str = _setting("", _file, restart=True)
-    dbssl_cert: str = _setting("", _file, restart=True)
-    dbssl_key: str = _setting("", _file, restart=True)
-    dbssl_name: str = _setting("", str, restart=True)  # in the server's certificate; "none": any
-    policy_table: str = _setting("events", TABLE_NAME, restart=True)
-    statedir: str = _setting("", str, restart=True)
-    lines: dict[str, int] = dataclasses.field(default_factory=dict, compare=False)  # where each was given (quota=anna)
-    gone: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # what is to be said of settings of 0.1
-    path: str = dataclasses.field(default="", compare=False)  # of the file; without one the defaults serve
+    Of what is not given, the default; policyd.cfg.example says why one would change each.
+    """
+
+    bind: str = _setting("127.0.0.1", *BIND, restart=True)
+    port: int = _setting(9093, *_number(1, 65535), restart=True)
+    max_connections: int = _setting(1000, *_number(1, 100_000))
+    mode: str = _setting("enforce", "give enforce or audit", "enforce|audit", str.lower)
+    defaultquota: int = _setting(1500, *_number(1))
+    rejectquota: int = _setting(0, *_number(1))  # 0: twice defaultquota
+    hourquota: int = _setting(0, *_number(0))  # 0: none
+    quota: UserList = _setting(NOBODY, *QUOTA)
+    early_signs: str = _setting("no", "give no, audit or yes", "no|audit|yes", str.lower)
+    max_places: int = _setting(5, *_number(0))  # 0: any number
+    new_place_quota: int = _setting(100, *_number(0))  # 0: none
+    trusted_network: UserList = _setting(NOBODY, *NETWORK)
+    strip_domain: bool = _setting(True, "give yes or no", "yes|no", lambda text: text.lower() == "yes")
+    hold_message: str = _setting("", *MESSAGE)
+    reject_message: str = _setting("", *MESSAGE)
+    always_allow: UserList = _setting(NOBODY, "give one mail address", r"[^@\s,;:<]+@[\w.-]+", str.lower)
+    whitelist: UserList = _setting(NOBODY, *ENTRY)
+    blacklist: UserList = _setting(NOBODY, *ENTRY)
+    whitelist_days: tuple[int, int] = _setting((1, 5), "give FROM-TO, say 1-5", "[1-7] *- *[1-7]", _span)
+    whitelist_hours: tuple[int, int] = _setting(
+        (7, 19), "give FROM-TO, say 7-19", "([01]?[0-9]|2[0-4]) *- *([01]?[0-9]|2[0-4])", _span)  # fmt: skip
+    keep_days: int = _setting(7, *_number(2, 36_500))
+    on_stop: Sequence[str] = _setting((), "give PROGRAM ARGUMENT..., quoted as for a shell", ".+", shlex.split)
+    dbhost: tuple[tuple[str, int | None], ...] = _setting((("127.0.0.1", None),), *SERVERS, restart=True)
+    dbport: int = _setting(3306, *_number(1, 65535), restart=True)
+    dbname: str = _setting("", restart=True)  # none: the embedded store
+    dbuser: str = _setting("", restart=True)
+    dbpass: str = _setting("", "", ".*", restart=True)
+    dbssl_ca: str = _setting("", *FILE, restart=True)
+    dbssl_cert: str = _setting("", *FILE, restart=True)
+    dbssl_key: str = _setting("", *FILE, restart=True)
+    dbssl_name: str = _setting("", restart=True)  # in the server's certificate; "none": any
+    policy_table: str = _setting("events", "give letters, digits, _ and $ only", r"[\w$]{1,64}", restart=True)
+    statedir: str = _setting("", restart=True)
+    lines: dict[str, int] = dataclasses.field(default_factory=dict)  # where each was given (quota=anna)
+    gone: tuple[str, ...] = ()  # what is to be said of settings of 0.1
+    path: str = ""  # of the file; without one the defaults serve
 
     @classmethod
     def from_file(cls, path: str) -> Settings:
         """Read `path`; raises SettingsError, which names file, line and remedy.
 
-        Lines of key=value, in UTF-8 (comments may hold anything).  `#` starts a comment only at the start of a line,
-        and quotes are literal: passwords contain both.
+        Comments may hold any bytes.  The first mistake is told, not all of them: others often follow from it.
         """
         given: dict[str, list[tuple[Any, int]]] = {}  # of each key its values, with the numbers of their lines
-        number = 0
         try:
-            with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-                lines = [line.strip(" \t\r\n") for line in file]
-            for number, line in enumerate(lines, start=1):
-                if not line or line.startswith("#"):
-                    continue
-                key, value = cls._read_line(line)
-                given.setdefault(key, []).append((value, number))
-                if len(given[key]) > 1 and key not in REPEATED:
-                    raise ValueError(f"{key}= was given in line {given[key][0][1]} already; keep one of them")
-            gone = [(key, *given.pop(key)[0]) for key in GONE if key in given]
-            said = tuple(f"{path}:{line}: {key}= is gone; write instead: {printable(new)}" for key, new, line in gone)
-            return dataclasses.replace(cls._put_together(given), gone=said, path=path)
+            with open(path, "rb") as file:
+                text = file.read().decode("utf-8-sig", "surrogateescape")
+            for number, line in enumerate(text.split("\n"), start=1):
+                cls._read_line(line.strip(), number, given)
         except OSError as error:
             hint = f"; try: chown root:policyd {path} && chmod 0640 {path}" if error.errno == errno.EACCES else ""
             raise SettingsError(f"{path}: {error.strerror}{hint}") from error
         except ValueError as error:
-            raise SettingsError(f"{path}:{getattr(error, 'line', number)}: {printable(str(error))}") from error
+            raise SettingsError(f"{path}:{number}: {error}") from error
+        gone = tuple(f"{path}:{number}: {key}= is gone; write instead: {instead}"
+                     for key in GONE for instead, number in given.pop(key, ()))  # fmt: skip
+        lines = {key: pairs[0][1] for key, pairs in given.items()}
+        values: Any = {key: UserList(pairs) if key in REPEATED else pairs[0][0] for key, pairs in given.items()}
+        settings = cls(**values, lines=lines, gone=gone, path=path)
+        for number, mistake in settings._mistakes():
+            raise SettingsError(f"{path}:{number}: {mistake}")
+        return settings
 
     @classmethod
-    def _read_line(cls, line: str) -> tuple[str, Any]:
-        readers = {field.name: field.metadata["read"] for field in dataclasses.fields(cls) if field.metadata}
-        readers.update({key: new.format for key, new in GONE.items()})
-        before, equals, text = (part.strip(" \t") for part in line.partition("="))
-        key = before.split()[0] if before else "''"  # no more of it: it may be a password
-        if key not in readers:
-            close = difflib.get_close_matches(key.lower(), readers, n=1)
-            known = "known are " + ", ".join(name for name in readers if name not in GONE)
-            raise ValueError(f"unknown setting {key}; {f'did you mean {close[0]}=?' if close else known}")
-        if not equals or key != before:
-            raise ValueError(f"no '=' after {key}; write {key}=VALUE")
-        if not text and key != "dbpass":
-            raise ValueError(f"{key}= has no value; give one, or remove the line")
-        if not text.isprintable() and not clean(text).isprintable():  # nor are the stand-ins for what is not UTF-8
+    def _read_line(cls, line: str, number: int, given: dict[str, list[tuple[Any, int]]]) -> None:
+        """Add what a line says to what was `given` before it; raises ValueError.
+
+        `#` starts a comment only at the start, and quotes are literal: passwords contain both.  An unknown key is a
+        mistake, not ignored: `defualtquota=500` would leave everybody at 1500, in silence.
+        """
+        if not line or line.startswith("#"):
+            return
+        readers: dict[str, Reader] = {key: ("", ".*", instead.format) for key, instead in GONE.items()}
+        readers.update({field.name: field.metadata["reader"] for field in dataclasses.fields(cls) if field.metadata})
+        key, equals, text = (part.strip() for part in line.partition("="))
+        if not equals or key not in readers:
+            word = "".join(key.split()[:1])  # no more of it is shown: it may be a password
+            nearest = difflib.get_close_matches(word.lower(), readers, n=1, cutoff=0)[0]
+            raise ValueError(f"unknown setting {word}; did you mean {nearest}=?")
+        if not clean(text).isprintable():  # nor are the stand-ins for what is not UTF-8
             raise ValueError(f"{key}= has a control character or is not UTF-8; type it again")
-        try:
-            return key, readers[key](text)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{key}={text}: {getattr(error, 'strerror', '') or error}") from error
+        (hint, pattern, make), value = readers[key], None
+        with contextlib.suppress(ValueError):
+            value = make(text) if re.fullmatch(pattern, text, re.IGNORECASE | re.ASCII) else None
+        if value is None:
+            raise ValueError(f"{key}={text}: {hint}")
+        if key in given and key not in REPEATED:
+            raise ValueError(f"{key}= was given in line {given[key][0][1]} already; keep one of them")
+        given.setdefault(key, []).append((value, number))
 
-    @classmethod
-    def _put_together(cls, given: dict[str, list[tuple[Any, int]]]) -> Settings:
-        """Return the settings, unless one of them needs or forbids another."""
-        values = {key: entries[0][0] for key, entries in given.items() if key not in REPEATED}
-        lines = {key: entries[0][1] for key, entries in given.items()}
-        hint = "; add it, or remove every db... line to use the embedded store"
-        needs = [(key, needed, hint) for needed in ("dbname", "dbuser") for key in given if key.startswith("db")]
-        needs += [("dbssl_cert", "dbssl_key", ""), ("dbssl_key", "dbssl_cert", ""), ("dbssl_cert", "dbssl_ca", ""),
-                  ("dbssl_name", "dbssl_ca", "")]  # fmt: skip
-        for key, needed, hint in needs:
-            if key in given and needed not in given:
-                raise _Mismatch(lines[key], f"{key}= needs {needed}= too{hint}")
-        if "dbname" in given:
-            values.setdefault("dbhost", (("127.0.0.1", None),))
-        values.update({key: UserList(given.get(key, ())) for key in REPEATED[1:]})
-        settings = cls(**values, lines=lines)
-        if 0 < settings.rejectquota < settings.defaultquota:
-            raise _Mismatch(lines["rejectquota"], f"rejectquota={settings.rejectquota} is below"
-                            f" defaultquota={settings.defaultquota}; mail is held first, then refused")  # fmt: skip
-        if settings.early_signs != "no" and settings.keep_days <= DAYS_TO_JUDGE:
-            raise _Mismatch(lines.get("keep_days", lines["early_signs"]),
-                            f"early_signs= needs keep_days={DAYS_TO_JUDGE + 1} or more (better 30)")  # fmt: skip
-        if settings.dbssl_ca:
-            settings.tls()
-        quota: dict[str, Limits] = {}
-        for (name, day, hour), line in given.get("quota", ()):
-            login = clean(name) if name.startswith("@") else settings.login_of(name)
-            if login in quota:
-                raise _Mismatch(line, f"{login} has a quota= already; keep one of them")
-            if login.startswith("@") and settings.strip_domain:
-                hint = "needs strip_domain=no: without their domain logins belong to none"
-                raise _Mismatch(line, f"quota={login}: {hint}")
-            if hour is None:
-                hour = settings.hourquota if day < NEVER else 0
-            reject_at = 2 * day if 0 < day < NEVER else NEVER  # 0 is there to hold all mail, not to refuse it
-            quota[login] = settings.everybody._replace(hold_at=day, reject_at=reject_at, hour=hour or NEVER)
-            if not login.startswith("@"):  # its bulk is known
-                quota[login] = quota[login]._replace(new_place_quota=NEVER)
-            lines[f"quota={login}"] = line
-        return dataclasses.replace(settings, quota=quota)
+    def _mistakes(self) -> Iterator[tuple[int, str]]:
+        """Yield what is wrong though each line is right by itself, with the number of the line to be shown.
+
+        And note in `lines` where each login's quota= stands.
+        """
+        for key, number in [line for line in self.lines.items() if line[0].startswith("db")]:
+            for needed in ("dbname", "dbuser", *NEEDS.get(key, ())):
+                if needed not in self.lines:
+                    yield number, f"{key}= needs {needed}= too; add it, or remove all db... lines: the embedded store"
+        if 0 < self.rejectquota < self.defaultquota:  # mail is held first, then refused
+            yield self.lines["rejectquota"], f"rejectquota= is below defaultquota={self.defaultquota}; give more"
+        if self.early_signs != "no" and self.keep_days <= DAYS_TO_JUDGE:
+            yield self.lines["keep_days"], f"early_signs= needs keep_days={DAYS_TO_JUDGE + 1} or more (better 30)"
+        if self.dbssl_ca:
+            self.tls()
+        for (name, _, _), number in self.quota.given:
+            login = self.login_of(name)
+            if self.lines.setdefault(f"quota={login}", number) < number:
+                yield number, f"{login} has a quota= already; keep one of them"
+            if self.strip_domain and login.startswith("@"):
+                yield number, f"quota={login}: needs strip_domain=no: without their domain logins belong to none"
 
     def login_of(self, sasl_username: str) -> str:
-        """Return the account that is counted."""
-        return login_of(sasl_username, self.strip_domain)
+        """Return the account that is counted: with strip_domain=yes without its domain, before or after it."""
+        whole = clean(sasl_username)
+        account = whole.partition("@")[0].rpartition("\\")[2].strip(" ") if self.strip_domain else whole
+        return account or whole or sasl_username
 
     @functools.cached_property
-    def everybody(self) -> Limits:
-        """The limits of a login without a quota of its own."""
-        is_early = self.early_signs != "no"
-        return Limits(self.defaultquota, self.rejectquota or 2 * self.defaultquota, self.hourquota or NEVER,
-                      (is_early and self.max_places) or NEVER, (is_early and self.new_place_quota) or NEVER,
-                      is_early)  # fmt: skip
+    def limits(self) -> dict[str, Limits]:
+        """The limits of each login and @domain with a quota of its own; of everybody else under the empty text.
+
+        Made once, for each message asks for them.  rejectquota= is for those without a quota of their own.
+        """
+        early = (self.max_places or NEVER, self.new_place_quota or NEVER, True) if self.early_signs != "no" else ()
+        reject_at = self.rejectquota or 2 * self.defaultquota
+        everybody = Limits(self.defaultquota, reject_at, self.hourquota or NEVER, *early)
+        limits = {"": everybody}
+        for (name, day, hour), _ in self.quota.given:
+            reject_at = 2 * day if 0 < day < NEVER else NEVER  # 0 is there to hold all mail, not to refuse it
+            hour = everybody.hour if hour < 0 else hour or NEVER
+            own = everybody._replace(hold_at=day, reject_at=reject_at, hour=hour)
+            # Of a single login the bulk is known, of a domain not.
+            limits[self.login_of(name)] = own if name.startswith("@") else own._replace(new_place_quota=NEVER)
+        return limits
 
     def quota_of(self, login: str) -> str:
-        """Return the login or @domain whose quota= is for `login`, or an empty text."""
-        domain = "".join(login.rpartition("@")[1:]) if "@" in login else ""
-        return next((name for name in (login, domain) if name in self.quota), "")
+        """Return the login or @domain whose quota= is for `login`, or an empty text: a key of `limits`.
+
+        The domain is exact, and `anna` alone belongs to none.
+        """
+        if len(self.limits) == 1:
+            return ""
+        domain = "".join(login.rpartition("@")[1:])
+        return login if login in self.limits else domain if domain in self.limits else ""
 
     def limits_of(self, login: str, sasl_username: str = "") -> Limits:
         """Return the limits of a login, by which a whitelist may mean its whole `sasl_username`, too."""
-        limits = self.quota.get(self.quota_of(login), self.everybody) if self.quota else self.everybody
-        if limits.new_place_quota == NEVER or not self.whitelist.lines:
-            return limits
-        is_listed = self.whitelist.line_of(names_of(sasl_username or login, login, ""), "")
-        return limits._replace(new_place_quota=NEVER) if is_listed else limits  # its bulk is known, at any hour
+        limits = self.limits[self.quota_of(login)]
+        is_asked = limits.early_signs and self.whitelist.lines
+        if is_asked and self.whitelist.line_of(names_of(sasl_username or login, login, ""), ""):
+            return limits._replace(new_place_quota=NEVER)  # its bulk is known, at any hour
+        return limits
 
     def rows_of(self, login: str) -> int:
         """Return how many of a login's newest events decide.
 
-        Beyond all limits, its own or else everybody's, older events change nothing, and each has a recipient at least.
+        Beyond all limits, its own and everybody's, older events change nothing, and each has a recipient at least.
         Those of a batch are on top: running sums are computed back from the last one.
         """
-        own = self.limits_of(login).decisive() if self.quota else 0
-        return (own or self.everybody.decisive()) + BATCH_EVENTS
+        limits = *self.limits[self.quota_of(login)][:3], *self.limits[""][:3]
+        return max([limit for limit in limits if limit < NEVER]) + BATCH_EVENTS
 
     @functools.cached_property
     def needs_hour(self) -> bool:
         """Tell whether the recipients of the last hour matter."""
-        return any(limits.hour < NEVER or limits.early_signs for limits in (self.everybody, *self.quota.values()))
+        return any(limits.hour < NEVER or limits.early_signs for limits in self.limits.values())
 
     def tls(self) -> ssl.SSLContext:
-        """Return what checks the server's certificate, from the files as they are now; raises _Mismatch."""
-        import ssl  # here: most sites do without
-
+        """Return what checks the server's certificate, from the files as they are now; raises SettingsError."""
         key = "dbssl_ca"
         try:
             context = ssl.create_default_context(cafile=self.dbssl_ca)
-            context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)  # many a site's own CA is not that strict
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # many a site's own CA is not that strict
             context.check_hostname = self.dbssl_name != "none"
             if self.dbssl_cert:
                 key = "dbssl_cert"
                 context.load_cert_chain(self.dbssl_cert, self.dbssl_key, password=str)  # never ask a terminal for one
         except OSError as error:  # ssl.SSLError is one
             reason = f"{error.strerror or error}; give PEM files, and the certificate's own key without a password"
-            raise _Mismatch(self.lines[key], f"{key}={getattr(self, key)}: {reason}") from error
+            raise SettingsError(f"{self.path}:{self.lines[key]}: {key}={getattr(self, key)}: {reason}") from error
         return context
-
-    def differences(self, other: Settings) -> list[str]:
-        """Return the names of the settings that need a restart and differ."""
-        restart = [field.name for field in dataclasses.fields(self) if field.metadata.get("restart")]
-        return [name for name in restart if getattr(self, name) != getattr(other, name)]
 
     def state_file(self, name: str) -> str:
         """Return the path of `name` in statedir, $STATE_DIRECTORY, /var/lib/policyd or the current directory."""
@@ -643,7 +570,7 @@ class Settings:
 # ---- protocol: Postfix's SMTPD_POLICY_README, and nothing of storage ----------------------------------
 
 MAX_LINE = 8192  # bytes of one attribute, without its newline
-MAX_REQUEST = 65536  # bytes of one request
+MAX_REQUEST = 65536  # bytes of one request, the empty line included; Postfix's have some 600
 IDLE_TIMEOUT_S = 1015  # above Postfix's smtpd_policy_service_max_ttl (1000 s): Postfix is the one to hang up
 REQUEST_TIMEOUT_S = 30  # for a whole request once its first byte is here, however it dribbles
 
@@ -666,7 +593,7 @@ class PolicyRequest(NamedTuple):
 
 
 def _decode(lines: bytes) -> str:
-    """Return lines as text, each that is not UTF-8 as Latin-1: a login is the same in both."""
+    """Return lines as text, each that is not UTF-8 as Latin-1: a login is the same in both, and in no other line's."""
     try:
         return lines.decode()
     except UnicodeDecodeError:
@@ -674,11 +601,13 @@ def _decode(lines: bytes) -> str:
 
 
 def parse_request(lines: bytes) -> PolicyRequest:
-    """Return the request with these `lines`, the empty one left out; raises ProtocolError.
+    """Return the request with these `lines`, without the last two newlines; raises ProtocolError.
 
     Unknown attributes are ignored, of an attribute given twice the last one counts, and a missing one is
-    as good as an empty one.  A value may hold any byte but NUL and newline.
+    as good as an empty one.
     """
+    if len(lines) > MAX_LINE < max(map(len, lines.split(b"\n"))):  # most requests are shorter than a line may be
+        raise ProtocolError(f"a line longer than {MAX_LINE} bytes")
     text = _decode(lines)
     if "\0" in text:
         raise ProtocolError("a NUL byte")
@@ -695,63 +624,45 @@ def parse_request(lines: bytes) -> PolicyRequest:
 
 
 def requests(connection: socket.socket) -> Iterator[PolicyRequest]:
-    """Yield the requests of a connection until it ends, or is idle for too long; raises ProtocolError and OSError."""
-    connection.settimeout(IDLE_TIMEOUT_S)
-    received = b""
-    while True:
-        try:
-            received = received or connection.recv(MAX_REQUEST)
-        except socket.timeout:
-            return  # nobody has asked anything: no news
-        if not received:
-            return
-        lines, end, received = received.partition(b"\n\n")
-        if not end or len(lines) > MAX_LINE:  # Postfix sends all of a request at once, and less
-            rest = _rest_of_request(connection, lines + end + received)
-            if rest is None:
-                return
-            lines, received = rest
-        yield parse_request(lines)
+    """Yield the requests of a connection until it ends, or is idle for too long; raises ProtocolError and OSError.
 
-
-def _rest_of_request(connection: socket.socket, begun: bytes) -> tuple[bytes, bytes] | None:
-    """Receive what is missing of a request; return its lines and what came behind them, None if the peer ends early."""
-    deadline = time.monotonic() + REQUEST_TIMEOUT_S
-    received = bytearray(begun)
-    line = 0  # where the first line begins that has not been looked at
+    Nothing is decided before the empty line.  Postfix sends a request in one piece, so that it is whole at once; what
+    dribbles is looked at anew with each piece, which its size and its time keep cheap.
+    """
+    received, deadline = b"", 0.0  # by when the request that has begun must be here
+    connection.settimeout(IDLE_TIMEOUT_S)  # not each time: it lets another thread in, which costs a tenth of the speed
     while True:
-        while (end := received.find(b"\n", line)) >= 0:
-            if end == line and line:
+        lines, end, rest = received.partition(b"\n\n")
+        if len(lines) + len(end) > MAX_REQUEST:
+            raise ProtocolError(f"a request longer than {MAX_REQUEST} bytes")
+        first, newline, _ = lines.partition(b"\n")
+        if end or (newline and b"=" not in first):  # a health check that speaks HTTP never sends an end: refused now
+            if deadline:
                 connection.settimeout(IDLE_TIMEOUT_S)
-                return bytes(received[: line - 1]), bytes(received[line + 1 :])
-            if b"=" not in received[line:end]:
-                raise ProtocolError("a line without '='")
-            _check_size(end - line, end)
-            line = end + 1
-        _check_size(len(received) - line, len(received))
-        connection.settimeout(max(0.001, deadline - time.monotonic()))
+            received, deadline = rest, 0.0
+            yield parse_request(lines)
+            continue
+        if received:
+            deadline = deadline or time.monotonic() + REQUEST_TIMEOUT_S
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
         try:
             more = connection.recv(MAX_REQUEST)
         except socket.timeout:
-            raise ProtocolError(f"incomplete after {REQUEST_TIMEOUT_S} s") from None
+            if received:
+                raise ProtocolError(f"incomplete after {REQUEST_TIMEOUT_S} s") from None
+            return  # nobody has asked anything: no news
         if not more:
-            return None
+            return
         received += more
-
-
-def _check_size(line: int, request: int) -> None:
-    for what, size, most in (("line", line, MAX_LINE), ("request", request, MAX_REQUEST)):
-        if size > most:
-            raise ProtocolError(f"a {what} longer than {most} bytes")
 
 
 # ---- decision: numbers, hours and places; no clock, no socket, no SQL ------------------------------------------
 
 MESSAGES_TO_JUDGE = 5  # from new places: a letter to a whole class from a train is one message
-RULES = ("blocked", "places", "newplace", "hourquota", "overquota")
-LASTING = RULES[:3]  # an incident of these holds all mail for 24 h
 REASONS = {"blocked": "blocked", "places": "too many places", "newplace": "too much from new places",
            "hourquota": "hour quota exceeded", "overquota": "quota exceeded"}  # fmt: skip
+RULES = tuple(REASONS)
+LASTING = RULES[:3]  # an incident of these holds all mail for 24 h: what a human said, and what no pause makes good
 
 
 class Usage(NamedTuple):
@@ -772,7 +683,7 @@ class Usage(NamedTuple):
 
     def lasting(self) -> str:
         """Return the rule of the incident that holds this login's mail, the gravest of them, or an empty text."""
-        return next((rule for rule in LASTING if not self.incidents.isdisjoint((f"HOLD {rule}", f"REJECT {rule}"))), "")
+        return next((rule for rule in LASTING for kind in self.incidents if kind.endswith(f" {rule}")), "")
 
 
 NOTHING = Usage(0)
@@ -797,34 +708,31 @@ class Verdict(NamedTuple):
 PASSED = Verdict("DUNNO")
 
 
-def _held(rule: str, figure: int, limit: int) -> Verdict:
-    return Verdict("HOLD", rule, REASONS[rule], f"{rule} ({figure}>{limit})", figure, limit)
-
-
 def decide(usage: Usage, limits: Limits) -> Verdict:
     """Return what becomes of a message of a login that has used up `usage`, the message included.
 
-    Reaching a quota is over it; of places one more is.
+    The first case that applies decides.  Reaching a quota is over it; of places one more is.  A human's block comes
+    first: it holds what would be refused, too, so that he can look at it.
     """
-    lasting = usage.lasting() if usage.incidents else ""
-    if lasting == "blocked":
-        return Verdict("HOLD", lasting, REASONS[lasting], f"blocked (since {local_time(usage.since)})")
-    if usage.recipients >= limits.reject_at:
-        limit = f"2x{limits.hold_at}" if limits.reject_at == 2 * limits.hold_at else limits.reject_at
-        said = f"overquota ({usage.recipients}>{limit})"
-        return Verdict("REJECT", "overquota", "max quota exceeded", said, usage.recipients, limits.reject_at)
-    if usage.recipients >= limits.hold_at:
-        return _held("overquota", usage.recipients, limits.hold_at)
-    if usage.of_hour >= limits.hour:
-        return _held("hourquota", usage.of_hour, limits.hour)
-    if lasting and limits.early_signs:
-        return Verdict("HOLD", lasting, REASONS[lasting], f"{lasting} (since {local_time(usage.since)})")
-    if usage.new_places > limits.places:
-        return _held("places", usage.new_places, limits.places)
-    if usage.new_places_24h > 3 * limits.places:
-        return _held("places", usage.new_places_24h, 3 * limits.places)
-    if usage.from_new_places >= limits.new_place_quota:
-        return _held("newplace", usage.from_new_places, limits.new_place_quota)
+    if usage.recipients < limits.hold_at and usage[1:] == NOTHING[1:]:
+        return PASSED  # as most do
+    lasting, limit = usage.lasting(), limits.reject_at
+    if usage.recipients >= limit and lasting != "blocked":
+        shown = f"2x{limits.hold_at}" if limit == 2 * limits.hold_at else limit
+        said = f"overquota ({usage.recipients}>{shown})"
+        return Verdict("REJECT", "overquota", "max quota exceeded", said, usage.recipients, limit)
+    for is_held, rule, figure, limit in (
+        (lasting == "blocked", lasting, 0, 0),
+        (usage.recipients >= limits.hold_at, "overquota", usage.recipients, limits.hold_at),
+        (usage.of_hour >= limits.hour, "hourquota", usage.of_hour, limits.hour),
+        (lasting and limits.early_signs, lasting, 0, 0),
+        (usage.new_places > limits.places, "places", usage.new_places, limits.places),
+        (usage.new_places_24h > 3 * limits.places, "places", usage.new_places_24h, 3 * limits.places),
+        (usage.from_new_places >= limits.new_place_quota, "newplace", usage.from_new_places, limits.new_place_quota),
+    ):
+        if is_held:
+            said = f"since {local_time(usage.since)}" if rule == lasting and not figure else f"{figure}>{limit}"
+            return Verdict("HOLD", rule, REASONS[rule], f"{rule} ({said})", figure, limit)
     return PASSED
 
 
@@ -834,30 +742,25 @@ def place_of(client_address: str, trusted: UserList = NOBODY) -> str | None:
 
     That is a /8 of IPv4 and a /16 of IPv6: a carrier's phones have a handful of these, a botnet is everywhere.
     """
-    address = address_of(client_address)
-    if address is None or trusted.line_of((), client_address):
+    network = as_network(client_address)
+    if network is None or trusted.line_of((), client_address):
         return None
+    address = network.network_address
     return f"{address.packed[0]}." if address.version == 4 else f"{int.from_bytes(address.packed[:2], 'big'):x}:"
 
 
-class Sighting(NamedTuple):
-    """What a login sent from one address."""
+def signs(seen: Iterable[Sequence[Any]], known: set[str | None], trusted: UserList) -> tuple[int, int, int]:
+    """Return Usage's last three figures from what was `seen` of a login, and the places that are `known` of it.
 
-    client_address: str
-    recipients: int  # of the last hour
-    messages: int  # of the last hour
-    age_s: float  # of the newest, also of an older one
-
-
-def signs(sightings: Iterable[Sighting], known: set[str], trusted: UserList) -> tuple[int, int, int]:
-    """Return Usage's last three figures from what was seen of a login, and the places that are `known` of it."""
-    new = [(place, seen) for seen in sightings if (place := place_of(seen.client_address, trusted)) not in known]
-    new = [(place, seen) for place, seen in new if place]
-    is_much = sum(seen.messages for _, seen in new) >= MESSAGES_TO_JUDGE
+    Seen of each client's address: recipients and messages of the last hour, and the age in s of the newest message,
+    also of an older one.  None is always known: no place, or a trusted one.
+    """
+    new = [(place, *rest) for address, *rest in seen if (place := place_of(address, trusted)) not in known]
+    recipients, messages = (sum(row[n] for row in new) for n in (1, 2))
     return (
-        len({place for place, seen in new if seen.age_s < HALF_HOUR_S}),
-        len({place for place, _ in new}),
-        sum(seen.recipients for _, seen in new) if is_much else 0,
+        len({place for place, _, _, age_s in new if age_s < HALF_HOUR_S}),
+        len({place for place, *_ in new}),
+        int(recipients) if messages >= MESSAGES_TO_JUDGE else 0,  # int: the driver may make Decimals
     )
 
 
@@ -870,19 +773,19 @@ def in_office_hours(now: time.struct_time, days: tuple[int, int], hours: tuple[i
 #
 # Both can insert(), tell usages(), ask() anything else, check() whether they can be used, name other problems(),
 # purge() and init(), resolve() names before all that, and close().  All raise RepositoryUnavailable; deadlines are
-# monotonic seconds.
+# monotonic seconds.  The recorder's thread inserts and asks for the sums, one that looks for the store resolves and
+# checks, the housekeeper's purges and sweeps.
 
 CONNECT_TIMEOUT_S = 1
-LATE_ROW_S = 0.2  # by so much sooner than we stop waiting for it
-RACE_RETRIES = 5  # two relays on two Galera nodes lose one to the other some times in a row, hardly six
+LATE_ROW_S = 0.2  # by so much sooner than we stop waiting, the server ends a statement, and none is begun any more
+RACE_TRIES = 6  # two relays on two Galera nodes lose one to the other some times in a row, hardly as often
 IDLE_CONNECTION_S = 60  # firewalls drop older ones in silence
-TABLE_LOOK_S = 60  # how long a connection trusts what it has seen of the table's columns and indexes
-MOST_INCIDENTS = 256  # of a login and day
-LONG_LOOK_S = 10  # how old may be what is known of the older incidents of a login with a long history?
 PURGE_SLICE = 10_000  # rows of one DELETE
 PATIENCE_S = 600  # for a statement for which no mail waits
 KEPT_TEXT = 255  # characters of a login, sender or address that are kept: the columns of scripts/schema.sql
 INCIDENTS = [f"{action} {rule}" for rule in RULES for action in ("HOLD", "REJECT")]
+INSERT_INTO = "INSERT INTO {table} (ts, sasl_username, sender, client_address, recipient_count)"  # in words of ask()
+TIMES = {"half_hour": HALF_HOUR_S, "hour": HOUR_S, "day": DAY_S, "judge": DAYS_TO_JUDGE * DAY_S}  # see ask()
 
 
 class RepositoryUnavailable(Exception):
@@ -905,10 +808,14 @@ class Event(NamedTuple):
     recipient_count: int | None
 
 
+Row = tuple[int, int, Event]  # of a journal: row id (0: of none), ms since 1970, event
+
+
 def run_up(logins: Sequence[str], events: Sequence[Event], totals: Mapping[str, Usage]) -> list[Usage]:
-    """Return the usages after each event, given the `totals` of the logins after the last one."""
-    if len(totals) == len(logins):
-        return list(map(totals.__getitem__, logins))  # each login once
+    """Return the usages after each event, given the `totals` of the logins after the last one.
+
+    Computed back, because a store is asked once a batch and login, when all is in it.
+    """
     left = dict(totals)
     usages = []
     for login, event in zip(reversed(logins), reversed(events)):
@@ -926,139 +833,153 @@ def _connection_class() -> Any:
 
     class BoundedConnection(pymysql.connections.Connection):  # type: ignore[misc, type-arg, unused-ignore]
         deadline = 0.0  # monotonic
-        must_encrypt = False
-        longest_wait_s = float(CONNECT_TIMEOUT_S)  # for one answer, as long as it is being connected
+        certified_name = ""  # of the server, where TLS is asked for: the host is one of its addresses
         _read_timeout = _write_timeout = property(
-            lambda self: max(0.01, min(self.longest_wait_s, self.deadline - time.monotonic())), lambda self, _: None
-        )
+            lambda self: max(0.01, min(self.connect_timeout, self.deadline - time.monotonic())), lambda self, _: None
+        )  # at each wait, so that no server can dribble us beyond the deadline
+
+        def query(self, *arguments: Any) -> Any:  # what could come in late, beside its journaled copy, is not sent
+            if self.deadline - time.monotonic() <= LATE_ROW_S:
+                raise RepositoryUnavailable("the database is too slow")
+            return super().query(*arguments)
 
         def _request_authentication(self) -> None:  # the next step sends the password
-            if self.must_encrypt and not self.server_capabilities & pymysql.constants.CLIENT.SSL:  # type: ignore
+            if self.certified_name and not self.server_capabilities & pymysql.constants.CLIENT.SSL:  # type: ignore
                 raise pymysql.OperationalError(2026, "the server offers no TLS, which dbssl_ca= asks for")
+            self.host = self.certified_name or self.host
             super()._request_authentication()  # type: ignore
 
     return BoundedConnection
 
 
 class ConnectionPool:
-    """PyMySQL connections to the first server of `dbhost` that answers.  Thread-safe."""
+    """PyMySQL connections to the first server of `dbhost` that answers, kept for the next batch.
 
-    # For both kinds of server: each skips what is the other's.  (autocommit: some begin with 0; the driver trusts it.)
-    # The server ends a statement itself after 2 s, so that it leaves no late row behind.
+    A connection in which anything failed is not nursed, nor is any other one to the same server trusted.  Who has a
+    deadline comes from one thread at a time: the recorder's, or, while that leaves the store alone, the one that looks
+    for it.  Without a deadline from any.
+    """
+
+    # For both kinds of server: each skips what is the other's.  Some begin with autocommit=0, which the driver does not
+    # notice, so that nothing would ever be committed; some with a sql_mode that refuses each null sender.  time_zone
+    # stays as it is: the rows of an old table are in the server's local time.  The server ends a statement itself
+    # after 2 s, so that it leaves no late row behind.
     INIT = "SET SESSION autocommit=1, sql_mode='STRICT_ALL_TABLES'"
     LIMITS = "/*M! , max_statement_time=2 */" \
              " /*!50708 , max_execution_time=2000, lock_wait_timeout=2, innodb_lock_wait_timeout=2 */"
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._servers = collections.deque(settings.dbhost)
-        self._addresses: dict[object, Any] = {}  # of a server, or why it has none
-        self._idle: collections.deque[tuple[Any, float]] = collections.deque()  # with the time of its last use
+        self._servers = collections.deque(settings.dbhost)  # the next connection begins with the first one
+        self._addresses: dict[str, list[str]] = {}  # of each server, as far as they were ever found
+        self._failures: dict[str, str] = {}  # of each server the last one, for the log
+        self._idle: list[tuple[Any, float]] = []  # with the time of its last use
 
     def resolve(self) -> None:
-        """Look up the servers' names, which takes as long as DNS pleases; one that is not found keeps its addresses."""
-        for host, _ in tuple(self._servers):
+        """Look up the servers' names, which takes as long as DNS pleases; one that is not found keeps its addresses.
+
+        No deadline covers getaddrinfo(): so the recorder's thread, for which mail waits, never comes here.
+        """
+        for host, _ in self._settings.dbhost:
             try:
-                if not host.startswith("/"):
-                    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-                    self._addresses[host] = [address[0] for *_, address in found]
+                found = [] if host.startswith("/") else socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+                self._addresses[host] = [str(address[0]) for *_, address in found] or [host]
             except (OSError, UnicodeError) as error:
-                self._addresses.setdefault(host, str(error))
+                self._failures[host] = f"{host}: {error}"
 
     @contextlib.contextmanager
-    def connection(self, deadline: float) -> Iterator[Any]:
-        """Lend a connection whose every wait ends at `deadline`; one in which anything failed is thrown away."""
-        connection = self._take() or self.connect(deadline)
-        connection.deadline = deadline
-        is_sound = False
+    def connection(self, deadline: float | None = None, patience_s: float = PATIENCE_S) -> Iterator[Any]:
+        """Lend a connection whose every wait ends at `deadline`.
+
+        Without a deadline, for what no mail waits for, it is a new one, on which the server sets statements no limit.
+        Every error of the driver that comes through here, whatever its class, means that the store cannot be used: a
+        joining Galera node, a read-only server, a table that is gone, ...
+        """
+        connection, until = None, time.monotonic() + patience_s if deadline is None else deadline
         try:
+            connection = self._connect(until, "") if deadline is None else self._take() or self._connect(until)
+            connection.deadline = until
             yield connection
-            is_sound = True
-        finally:
-            if is_sound:
-                self._idle.append((connection, time.monotonic()))
-            else:
-                _close_quietly(connection)
-                self.close()  # the others go to the same server
+        except (pymysql.MySQLError, RepositoryUnavailable) as error:
+            if connection:
+                connection._force_close()  # without a word: it may be broken in any way, or in a transaction
+            if deadline is not None:  # begin with the next server: this one may answer, but does not do its work
+                self._servers.rotate(-1)
+                self.close()
+            is_large = error.args[:1] in ((1153,), (2006,))  # or it hangs up while we are still sending
+            raise (TooLarge if is_large else RepositoryUnavailable)(str(error)) from error
+        if deadline is None:
+            connection.close()
+        else:
+            self._idle.append((connection, time.monotonic()))
 
     def _take(self) -> Any:
-        """Return an idle connection that nobody has closed, or None: to use one and to fail may count twice."""
+        """Return an idle connection that nobody has closed, or None.
+
+        It is looked at first, because to use one, to fail and to try again may count twice.
+        """
         while self._idle:
             connection, used = self._idle.pop()
-            poll = select.poll()
-            with contextlib.suppress(AttributeError, IndexError, OSError, TypeError, ValueError):  # it has no socket
-                poll.register(connection._sock, select.POLLIN)
-                if time.monotonic() - used < IDLE_CONNECTION_S and not poll.poll(0):
-                    return connection
-            _close_quietly(connection)
+            poll = select.poll()  # not select(), which knows no descriptor beyond 1023
+            poll.register(connection._sock, select.POLLIN)
+            if time.monotonic() - used < IDLE_CONNECTION_S and not poll.poll(0):
+                return connection
+            connection.close()
         return None
 
-    def connect(self, deadline: float, limits: str = LIMITS) -> Any:
-        """Connect to the first server that answers."""
-        failures = []
-        for server in tuple(self._servers):
-            try:
-                return self._connect(*server, deadline, limits)
-            except Exception as error:  # what answers there may speak anything, and PyMySQL trip over it anyhow
-                is_quoted = error.args[:1] == (1045,) and re.fullmatch("(['\"]).*\\1", self._settings.dbpass)
-                hint = " (dbpass= stands in quotes, and they are taken for a part of it)" if is_quoted else ""
-                failures.append(f"{server[0]}: {error}{hint}")
-                if self._servers[0] == server:  # else another thread has passed it over
-                    self.pass_over()
-        raise RepositoryUnavailable("; ".join(failures))
+    def _connect(self, deadline: float, limits: str = LIMITS) -> Any:
+        """Connect to the first server that answers, with which the next connections begin."""
+        for host, port in tuple(self._servers):
+            for address in self._addresses.get(host, ()):
+                try:
+                    return self._dial(host, port, address, deadline, limits)
+                except Exception as error:  # what answers there may speak anything, and PyMySQL trip over it anyhow
+                    self._failures[host] = f"{host}: {error}"
+            self._servers.rotate(-1)
+        reasons = "; ".join(self._failures.values()) or "no address is known yet"
+        if "(1045, " in reasons and re.fullmatch("(['\"]).*\\1", self._settings.dbpass):
+            reasons += " (dbpass= stands in quotes, and they are taken for a part of it)"
+        raise RepositoryUnavailable(reasons)
 
-    def _connect(self, host: str, port: int | None, deadline: float, limits: str) -> Any:
-        settings, path = self._settings, host if host.startswith("/") else None
-        name = "localhost" if path else settings.dbssl_name if settings.dbssl_name not in ("", "none") else host
-        tls = {"ssl_disabled": True} if path else {"ssl": settings.tls()} if settings.dbssl_ca else {}
+    def _dial(self, host: str, port: int | None, address: str, deadline: float, limits: str) -> Any:
+        """Connect to one address of a server, in a second for each step; raises anything.
+
+        TLS by a context of our own, made anew of the files as they are now: the driver's own ssl_ca verifies nothing.
+        """
+        settings, is_file = self._settings, host.startswith("/")
+        tls = settings.tls() if settings.dbssl_ca and not is_file else None
         connection = _connection_class()(
-            host=name, unix_socket=path, user=settings.dbuser, database=settings.dbname, charset="utf8mb4",
+            host="localhost" if is_file else address, port=port or settings.dbport,
+            unix_socket=host if is_file else None, ssl=tls, ssl_disabled=is_file,
+            user=settings.dbuser, database=settings.dbname, charset="utf8mb4",
             password=settings.dbpass.encode(),  # as text the driver would send Latin-1
             autocommit=True,  # committed before it is summed, or two relays would miss each other
-            connect_timeout=CONNECT_TIMEOUT_S, init_command=self.INIT + limits, defer_connect=True, **tls,
+            connect_timeout=max(0.01, min(CONNECT_TIMEOUT_S, deadline - time.monotonic())),
+            init_command=self.INIT + limits, defer_connect=True,
         )  # fmt: skip
-        connection.deadline, connection.must_encrypt = deadline, "ssl" in tls
-        connection.connect(None if path else self._dial(host, port or settings.dbport, deadline))
-        connection.longest_wait_s = NEVER
+        connection.deadline = deadline
+        if tls:
+            connection.certified_name = settings.dbssl_name if settings.dbssl_name not in ("", "none") else host
+        connection.connect()
+        connection.connect_timeout = NEVER  # for a statement we wait until the deadline
         return connection
-
-    def _dial(self, host: str, port: int, deadline: float) -> socket.socket:
-        addresses = self._addresses.get(host, "its address is not known yet")
-        failure = OSError(addresses)
-        for address in addresses if isinstance(addresses, list) else ():
-            try:
-                patience = max(0.01, min(CONNECT_TIMEOUT_S, deadline - time.monotonic()))
-                dialled = socket.create_connection((address, port), patience)
-                dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                dialled.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                return dialled
-            except OSError as error:
-                failure = error
-        raise failure
-
-    def pass_over(self) -> None:
-        """Begin with the next server from now on: this one answers, but does not do its work."""
-        self._servers.rotate(-1)
 
     def close(self) -> None:
         """Close the idle connections."""
         while self._idle:
-            _close_quietly(self._idle.pop()[0])
-
-
-def _close_quietly(connection: Any) -> None:
-    with contextlib.suppress(Exception):  # it may be broken already, in any way
-        connection.close()
+            self._idle.pop()[0].close()
 
 
 CODECS = {"utf8mb4": "utf-8", "latin1": "cp1252"}  # MariaDB's latin1 is cp1252; of the others we use ASCII
 
 
 def fit(text: str, column: tuple[int, str]) -> str:
-    """Return `text` as a CHAR column gives it back: escaped, cut, and without spaces at its end."""
+    """Return `text` as a CHAR column gives it back: escaped, cut, and without spaces at its end.
+
+    Both what is inserted and what is asked for goes through here: so nothing is ever refused for not fitting, no odd
+    login spoils the statement of all, and logins that an old table cuts to the same share a quota.
+    """
     width, codec = column
-    if text.isascii() and len(text) <= width and not text.endswith(" "):
-        return text
     return text.encode(codec, "backslashreplace").decode(codec)[:width].rstrip(" ")
 
 
@@ -1066,17 +987,13 @@ class Table(NamedTuple):
     """What the server says of the table."""
 
     columns: list[tuple[int, str]]  # width in characters and Python codec of the three texts
-    key: str  # the name of an index that begins (sasl_username, ts, or an empty text
-    force_index: str  # FORCE INDEX (...), if the server takes that
     login: str  # the expression by which two logins are equal only if they are
-
-    def fit(self, event: Event) -> tuple[str | int | None, ...]:
-        """Return `event` in the form in which the table keeps it, so that none is refused for not fitting."""
-        return (*map(fit, event[:3], self.columns), event.recipient_count)
+    force_index: str  # FORCE INDEX (...), of one that begins (sasl_username, ts
+    remedy: str  # if there is none, or none that may be used
 
 
 def _query(connection: Any, statement: str, arguments: object = None) -> list[Any]:
-    """Run one statement; return its rows, or the number of those it changed as one."""
+    """Run one statement; return its rows, or the number of those it changed as one; raises pymysql.MySQLError."""
     with connection.cursor() as cursor:
         changed = cursor.execute(statement, arguments or None)
         return list(cursor.fetchall()) if cursor.description else [(changed,)]
@@ -1084,26 +1001,9 @@ def _query(connection: Any, statement: str, arguments: object = None) -> list[An
 
 # Rows refused for their own sake, whatever class the driver gives them: CHECK (2 servers), SIGNAL, no default, no NULL.
 REFUSALS = 4025, 3819, 1644, 1364, 1048
-
-
-def _is_refusal(error: Exception) -> bool:
-    return isinstance(error, (pymysql.DataError, pymysql.IntegrityError)) or error.args[0] in REFUSALS
-
-
-def _retries(error: Exception) -> int:
-    """Return how often a statement that ended with `error` is worth another try: when it has certainly done nothing."""
-    if isinstance(error.__context__, socket.timeout):
-        return 0
-    if error.args[:1] in [(1213,), (1020,)]:  # deadlock or Galera conflict, record has changed: rolled back
-        return RACE_RETRIES
-    # no such index (any more); server has gone away: not even sent
-    return int(isinstance(error, pymysql.InterfaceError) or error.args[:1] in [(1176,), (2006,)])
-
-
-@functools.cache
-def _incidents_of(kinds: int) -> frozenset[str]:
-    """Return the incidents that a BIT_OR of their numbers, 1 for the first, stands for."""
-    return frozenset(incident for n, incident in enumerate(INCIDENTS, start=1) if kinds >> n & 1)
+# What has certainly done nothing, and may do better: deadlock or Galera conflict, record has changed since (both rolled
+# back), no such index any more.  Not a time-out or 1205, a lock wait: the statement may come to its end all the same.
+RETRIED = 1213, 1020, 1176
 
 
 class MariaDBRepository:
@@ -1119,185 +1019,146 @@ class MariaDBRepository:
     CHARSET = "DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin"
     CREATE = f"CREATE TABLE IF NOT EXISTS `{{table}}` ({', '.join(COLUMNS)}, {PRIMARY}, {KEY}) ENGINE=InnoDB {CHARSET}"
     UPGRADE = f"ALTER TABLE `{{table}}` MODIFY {', MODIFY '.join(COLUMNS)}, {CHARSET}"
-    FACTS = (
-        "SELECT LOWER(column_name), character_maximum_length, character_set_name, collation_name"
-        " FROM information_schema.columns WHERE table_schema = DATABASE() AND table_name = %s"
+    FACTS = (  # of the three texts, then of all else
+        "SELECT character_maximum_length, character_set_name, collation_name FROM information_schema.columns"
+        " WHERE table_schema = DATABASE() AND table_name = %s"
+        " ORDER BY FIELD(column_name, 'client_address', 'sender', 'sasl_username') DESC"
     )
     INDEXES = (
         "SELECT index_name FROM information_schema.statistics WHERE table_schema = DATABASE() AND table_name = %s"
         " AND (seq_in_index, column_name) IN ((1, 'sasl_username'), (2, 'ts')) GROUP BY index_name HAVING COUNT(*) = 2"
     )
-    # With what is left of the time, for MariaDB; on MySQL only locks are waited for, and these have a limit.  Two
-    # messages of one millisecond add up; ts = ts, because go-policyd's table would move it.
-    INSERT = (
-        "/*M! SET STATEMENT max_statement_time={left_s:.3f} FOR */"
-        " INSERT INTO `{table}` (ts, sasl_username, sender, client_address, recipient_count) {rows} ON DUPLICATE KEY"
-        " UPDATE recipient_count = COALESCE(recipient_count, 0) + VALUES(recipient_count), ts = ts"
-    )
-    NOW = "CURRENT_TIMESTAMP(3)"
-    # A relay's clock may be ahead, even of what FROM_UNIXTIME knows.
-    THEN = "LEAST(FROM_UNIXTIME(LEAST(%s, 2147483647000) / 1000), CURRENT_TIMESTAMP(3))"
-    NO_ROW = "SELECT CURRENT_TIMESTAMP(3), '', '', '', 0 FROM DUAL WHERE FALSE"
-    SINCE = r"ts > CURRENT_TIMESTAMP(3) - INTERVAL \1 SECOND"
-    DAY = "ts > CURRENT_TIMESTAMP(3) - INTERVAL 1 DAY"
+    # From here on in the words of ask().  The insert takes what is left of the time with it, for MariaDB; on MySQL only
+    # locks are waited for, and these have a limit.  Two messages of one millisecond add up; ts = ts, because
+    # go-policyd's table would move it.
+    INSERT = f"/*M! SET STATEMENT max_statement_time={{left_s}} FOR */ {INSERT_INTO}"
+    ADD_UP = "ON DUPLICATE KEY UPDATE recipient_count = COALESCE(recipient_count, 0) + VALUES(recipient_count), ts = ts"
+    # A relay's clock may be ahead, even of what FROM_UNIXTIME knows; nobody is to be held until next month for that.
+    THEN = "LEAST(FROM_UNIXTIME(LEAST({}, 2147483647000) / 1000), CURRENT_TIMESTAMP(3))"
+    NO_ROW = "SELECT {now}, '', '', '', 0 FROM DUAL WHERE FALSE"
+    NOW = "CURRENT_TIMESTAMP(3)"  # of the database: one clock for all relays
     AGE = "TIMESTAMPDIFF(MICROSECOND, ts, CURRENT_TIMESTAMP(3)) / 1e6"
     PLACE = "IF(LEFT(client_address, 8) = '64:ff9b:', client_address," \
             " SUBSTRING_INDEX(SUBSTRING_INDEX(TRIM(LEADING '::ffff:' FROM client_address), '.', 1), ':', 1))"
     BINARY = "CONVERT(sasl_username USING utf8mb4) COLLATE utf8mb4_bin"  # equal only if it is
     SUM_OF = "CAST(SUM({}) AS SIGNED)"  # else the driver makes a Decimal of it
-    RECIPIENTS = SUM_OF.format("GREATEST(recipient_count, 0)")
-    OF_HOUR = SUM_OF.format("IF(ts > CURRENT_TIMESTAMP(3) - INTERVAL 1 HOUR, GREATEST(recipient_count, 0), 0)")
-    KINDS = f"BIT_OR(IF(recipient_count IS NULL, 1 << FIELD(client_address, {str(INCIDENTS)[1:-1]}), 0))"
-    # Of many logins at once; the column's collation may find more of them than were asked for.
-    SUM = ("SELECT {login} AS login, {found} FROM {from_}"
-           f" WHERE sasl_username IN ({{logins}}) AND {DAY} GROUP BY login")  # fmt: skip
+    OF_HOUR = SUM_OF.format("IF({since hour}, GREATEST(recipient_count, 0), 0)")  # a third of the scan's time
+    # The recipients of the day and of the hour (what is below 0 was forgiven), and the incidents as bits: a scan of the
+    # index tells them all; GROUP_CONCAT takes twice as long, and MAX would hide one incident behind the other.
+    FOUND = (
+        f"{SUM_OF.format('GREATEST(recipient_count, 0)')}, {OF_HOUR},"
+        f" BIT_OR(IF(recipient_count IS NULL, 1 << FIELD(client_address, {str(INCIDENTS)[1:-1]}), 0))"
+    )
+    # Of many logins at once, which takes 11 us for each, and 83 in a subselect of its own; and all that was recorded,
+    # forgiven already perhaps.  The column's collation may find more logins than were asked for.
+    SUMS = (f"SELECT {{login}} AS login, {FOUND}, {SUM_OF.format('ABS(recipient_count)')} FROM {{from_}}"
+           " WHERE sasl_username IN %(logins)s AND {since day} GROUP BY login")  # fmt: skip
     # Of one login's newest rows, so that a long history costs no more than a short one; that may hide older incidents.
-    OF_ONE = f"FROM {{from_}} WHERE sasl_username = %s AND {{login}} = %s AND {DAY}"
-    BOUNDED = (f"(SELECT ts, client_address, recipient_count {OF_ONE}"
-               " AND (recipient_count > 0 OR recipient_count IS NULL) ORDER BY ts DESC LIMIT %s) AS newest")
-    BOUNDED_SUM = f"SELECT %s, {{found}} FROM {BOUNDED}"
-    OLDER_INCIDENTS = f"SELECT %s, -1, 0, {KINDS} {OF_ONE} AND recipient_count IS NULL"
-    EVERY_RECIPIENT = "SELECT COALESCE(SUM(ABS(recipient_count)), 0) FROM {from_} WHERE {of_login} AND {since day}"
-    PURGE = "DELETE FROM `{table}` WHERE ts < CURRENT_TIMESTAMP(3) - INTERVAL %s DAY ORDER BY ts LIMIT %s"
+    NEWEST = (
+        f"SELECT {FOUND} FROM (SELECT ts, client_address, recipient_count FROM {{from_}} WHERE {{of_login}} AND"
+        " {since day} AND (recipient_count > 0 OR recipient_count IS NULL) ORDER BY ts DESC LIMIT %(rows)s) AS newest"
+    )
+    PURGE = "DELETE FROM {table} WHERE ts < {now} - INTERVAL %s DAY ORDER BY ts LIMIT %s"
 
     def __init__(self, settings: Settings) -> None:
         _connection_class()  # a driver that is missing is missed at the start
+        self._settings, self._name = settings, settings.policy_table
         self._pool = ConnectionPool(settings)
         self.resolve, self.close = self._pool.resolve, self._pool.close
-        self._name = settings.policy_table
-        self._where = f"table {settings.policy_table} of MariaDB database {settings.dbname}"
-        self._grant = f"ON `{settings.dbname}`.`{settings.policy_table}` TO '{settings.dbuser}'@..."
-        self._table: tuple[Table, float] | None = None  # as last seen, and when
-        # The logins whose history was last seen to be longer than what decides, with their older incidents as of when.
-        self._long: dict[str, tuple[float, frozenset[str]]] = {}
+        self._table: Table | None = None  # as last seen
+        self._next_look = 0.0  # at it
+        self._long: dict[str, frozenset[str]] = {}  # logins past all limits at this look, and their incidents
 
     def __str__(self) -> str:
-        return self._where
+        return f"table {self._name} of MariaDB database {self._settings.dbname}"
 
     def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
-        """Commit `events` as of now, or as of `times` (ms since 1970); return the positions of those refused."""
-        refused = self._run(lambda connection: self._insert(connection, events, times), deadline)
+        """Commit `events` as of now, or as of `times` (ms since 1970); return the positions of those refused.
+
+        Equal ones a millisecond apart, so that each is a row of its own: an early sign counts messages, and not only
+        recipients; and the primary key is all but the number.  Where a row is refused for its own sake we close in on
+        it by halves, since a statement for each row would take too long.
+        """
+        moments: list[str] = []
+        equal: collections.Counter[object] = collections.Counter()
+        for when, event in zip(times or itertools.repeat(None), events):
+            moment = self.NOW if when is None else self.THEN.format(when)
+            moments.append(f"{moment} - INTERVAL {1000 * equal[when, event[:3]]} MICROSECOND")
+            equal[when, event[:3]] += 1
+        refused: dict[int, Exception] = {}
+        slices, tries = [(0, len(events))], RACE_TRIES
+        with self._pool.connection(deadline) as connection:
+            while slices:
+                first, after = slices.pop()
+                error = self._insert(connection, moments[first:after], events[first:after], tries)
+                middle = (first + after) // 2
+                if error and tries > 1:  # from now on a failure on the way must not leave half of them behind
+                    connection.begin()
+                    tries = 1
+                if error and first < middle:  # the second half first: its equal rows must not fall on newer ones
+                    slices += (first, middle), (middle, after)
+                elif error:
+                    refused[first] = error
+            if tries == 1:
+                connection.commit()
         for n, error in refused.items():
             log.error(f"ERROR while UPDATING db: {error}; not counted: {'/'.join(map(str, events[n]))}")
         return set(refused)
 
-    def _insert(self, connection: Any, events: Sequence[Event], times: Sequence[int] | None) -> dict[int, Exception]:
-        """Insert the events; equal ones a millisecond apart, so that each message is a row of its own."""
-        table = self._look(connection)
-        rows: list[tuple[str, list[object]]] = []
-        equal: collections.Counter[object] = collections.Counter()
-        for when, event in zip(times or itertools.repeat(None), events):
-            values = table.fit(event)
-            equal[when, values[:3]] += 1
-            earlier = equal[when, values[:3]] * 1000 - 1000
-            before = f" - INTERVAL {earlier} MICROSECOND" if earlier else ""
-            row = f"({self.NOW if when is None else self.THEN}{before}, %s, %s, %s, %s)"
-            rows.append((row, [*values] if when is None else [when, *values]))
+    def _insert(self, connection: Any, moments: Sequence[str], events: Sequence[Event], tries: int) -> Exception | None:
+        """Insert events in one statement; return why the database refuses one of them for its own sake, if it does.
+
+        Raises pymysql.MySQLError for anything else, which is an outage, and no reason to drop a row.
+        """
+        columns = self._look(connection).columns
+        rows = ", ".join(f"({moment}, %s, %s, %s, %s)" for moment in moments)
+        values = [value for event in events for value in (*map(fit, event[:3], columns), event.recipient_count)]
         try:
-            self._insert_rows(connection, rows)
-            return {}
+            self._ask(connection, f"{self.INSERT} VALUES {{rows}} {self.ADD_UP}", values, tries, rows)
         except pymysql.MySQLError as error:
-            if not _is_refusal(error):
-                raise
-        self._table = None
-        if self._look(connection) != table:  # altered since it was looked at
-            return self._insert(connection, events, times)
-        connection.begin()  # all or nothing: a failure on the way must not leave half of them behind
-        refused: dict[int, Exception] = {}
-        parts = [(0, len(rows))]
-        while parts:  # closing in on the guilty rows: a statement for each would take too long
-            first, end = parts.pop()
-            try:
-                self._insert_rows(connection, rows[first:end])
-            except pymysql.MySQLError as error:
-                if not _is_refusal(error):
-                    raise
-                middle = (first + end) // 2
-                parts += [(first, middle), (middle, end)] if middle > first else []
-                refused.update({} if middle > first else {first: error})
-        self._left_s(connection)
-        connection.commit()
-        return refused
-
-    @staticmethod
-    def _left_s(connection: Any) -> float:
-        """Return for how long the server may work; what could come in late, beside its journaled copy, is not sent."""
-        left_s: float = min(DAY_S, connection.deadline - time.monotonic() - LATE_ROW_S)
-        if left_s <= 0:
-            raise RepositoryUnavailable("the database is too slow")
-        return left_s
-
-    def _insert_rows(self, connection: Any, rows: list[tuple[str, list[object]]]) -> None:
-        left_s = self._left_s(connection)
-        texts = f"VALUES {', '.join(text for text, _ in rows)}"
-        statement = self.INSERT.format(left_s=left_s, table=self._name, rows=texts)
-        _query(connection, statement, [value for _, values in rows for value in values])
+            if isinstance(error, (pymysql.DataError, pymysql.IntegrityError)) or error.args[0] in REFUSALS:
+                return error
+            raise
+        return None
 
     def usages(self, events: Sequence[Event], settings: Settings, deadline: float) -> list[Usage]:
-        """Return, for each of the `events` just inserted, what its login had used with it."""
-        return self._run(lambda connection: self._usages(connection, events, settings), deadline)
+        """Return, for each of the `events` just inserted, what its login had used with it.
 
-    def _usages(self, connection: Any, events: Sequence[Event], settings: Settings) -> list[Usage]:
-        table = self._look(connection)
-        logins = [fit(event.sasl_username, table.columns[0]) for event in events]
-        rows: dict[str, int] = {}  # of each that decide; an old table cuts several logins to one
-        inserted: dict[str, int] = {}
-        for login, event in zip(logins, events):
-            rows[login] = max(settings.rows_of(event.sasl_username), rows.get(login, 0))
-            inserted[login] = inserted.get(login, 0) + (event.recipient_count or 0)
-        bounded = {login: rows[login] for login in rows if login in self._long} if table.force_index else {}
-        totals = self._totals(connection, table, settings, rows.keys() - bounded.keys(), bounded)
-        again = {login for login in bounded if totals[login].recipients < rows[login]}  # forgiven, or long ago by now
-        again |= {login for login in rows if totals[login].recipients < inserted[login]}  # cannot be
-        if again:
-            totals.update(self._totals(connection, table, settings, again, {}))
-        for login, usage in totals.items():
-            if usage.recipients < inserted[login]:
-                self._see_what_was_inserted(connection, login, inserted[login])
-            if usage.recipients < rows[login]:
-                self._long.pop(login, None)
-            else:
-                self._long.setdefault(login, (0.0, frozenset()))
-        return run_up(logins, events, totals)
-
-    def _totals(self, connection: Any, table: Table, settings: Settings, logins: Iterable[str],
-                bounded: Mapping[str, int]) -> dict[str, Usage]:  # fmt: skip
-        """Return what `logins` have used, and those `bounded` with so many of their newest rows."""
-        found = f"{self.RECIPIENTS}, {self.OF_HOUR if settings.needs_hour else '0'}, {self.KINDS}"
-        words = {"from_": f"`{self._name}` {table.force_index}", "login": table.login, "found": found}
-        together = list(logins)
-        totals = dict.fromkeys([*together, *bounded], NOTHING)
-        arguments: list[object] = [*together]
-        parts = [self.SUM.format(logins=", ".join(["%s"] * len(together)), **words)] if together else []
-        now = time.monotonic()
-        for login, rows in bounded.items():
-            parts.append(self.BOUNDED_SUM.format(**words))
-            arguments += [login, login, login, rows + MOST_INCIDENTS]
-            if now - self._long[login][0] > LONG_LOOK_S:
-                parts.append(self.OLDER_INCIDENTS.format(**words))
-                arguments += [login, login, login]
-        for login, recipients, of_hour, kinds in _query(connection, " UNION ALL ".join(parts), arguments):
-            if recipients == -1:
-                self._long[login] = now, _incidents_of(kinds)
-            elif (login := login.rstrip(" ")) in totals:  # and not one that is like it for the column's collation
+        Of a long history only the newest rows are asked for: the sum of 200,000 takes up to 85 ms, for which all others
+        would wait.  Its older incidents are those of the minute's beginning; whoever ends one waits as long.
+        """
+        newest, sums = (text if settings.needs_hour else text.replace(self.OF_HOUR, "0")
+                        for text in (self.NEWEST, self.SUMS))  # fmt: skip
+        rows: dict[str, int] = {}  # of each login that decide; an old table cuts several to one
+        unseen: collections.Counter[str] = collections.Counter()  # of each, what was inserted
+        with self._pool.connection(deadline) as connection:
+            column, long = self._look(connection).columns[0], self._long
+            logins = [fit(event.sasl_username, column) for event in events]
+            for login, event in zip(logins, events):
+                rows[login] = max(settings.rows_of(event.sasl_username), rows.get(login, 0))
+                unseen[login] += event.recipient_count or 0
+            totals = dict.fromkeys(rows, NOTHING)
+            for login in long.keys() & rows:
+                words = {**TIMES, "login": login, "rows": rows[login] + BATCH_EVENTS}  # incidents are among them, too
+                ((recipients, of_hour, kinds),) = self._ask(connection, newest, words)
+                if (recipients or 0) < rows[login]:
+                    del long[login]  # it was forgiven
+                    continue
+                totals[login] = Usage(recipients, of_hour, long[login] | _incidents_of(kinds))
+                del unseen[login]
+            found = self._ask(connection, sums, {**TIMES, "logins": [*unseen]}) if unseen else []
+            for name, recipients, of_hour, kinds, recorded in found:
+                if (login := name.rstrip(" ")) not in unseen:  # but like it for the column's collation
+                    continue
                 totals[login] = Usage(recipients or 0, of_hour or 0, _incidents_of(kinds))
-        for login in bounded:
-            totals[login] = totals[login].plus(Usage(0, 0, self._long[login][1]))
-        return totals
-
-    def _see_what_was_inserted(self, connection: Any, login: str, inserted: int) -> None:
-        """Make sure that what was inserted is there, forgiven already perhaps; raises RepositoryUnavailable."""
-        statement = self._in_words(self.EVERY_RECIPIENT, self._look(connection))
-        if _query(connection, statement, {"login": login, "day": DAY_S})[0][0] < inserted:
+                unseen[login] -= recorded or 0
+                if totals[login].recipients >= rows[login] and self.has_index:
+                    long[login] = totals[login].incidents
+        # What is committed and not there was read elsewhere: from a replica, which lags for more logins than we
+        # see.  Whoever was forgiven meanwhile is no such case: what is below 0 was recorded, too.
+        if any(recipients > 0 for recipients in unseen.values()):
             raise RepositoryUnavailable("the server does not show what it has just stored: send policyd to the primary")
-
-    def _in_words(self, statement: str, table: Table) -> str:
-        statement = re.sub(r"\{since (\w+)\}", self.SINCE.replace(r"\1", r"%(\1)s"), statement)
-        of_login = f"sasl_username = %(login)s AND {table.login} = %(login)s"
-        return statement.format(
-            table=f"`{self._name}`", from_=f"`{self._name}` {table.force_index}", login=table.login, of_login=of_login,
-            by_time=f"`{self._name}` FORCE INDEX (PRIMARY)", place=self.PLACE, now=self.NOW, age=self.AGE,
-        )  # fmt: skip
+        return run_up(logins, events, totals)
 
     def ask(self, statement: str, arguments: Mapping[str, object], deadline: float | None = None) -> list[Any]:
         """Run a statement in words that both stores know; return its rows, or [(rows changed,)].  For any thread.
@@ -1306,146 +1167,144 @@ class MariaDBRepository:
         column, each login apart), of_login (it is %(login)s), place (of the client), now, age (in s), and `since NAME`
         (less than %(NAME)s seconds ago).  Without a deadline on a connection of its own, for ten minutes at most.
         """
+        with self._pool.connection(deadline) as connection:
+            login = fit(str(arguments.get("login", "")), self._look(connection).columns[0])
+            return self._ask(connection, statement, {**TIMES, **arguments, "login": login})
 
-        def work(connection: Any) -> list[Any]:
+    def _ask(self, connection: Any, statement: str, arguments: object = None, tries: int = RACE_TRIES,
+             rows: str = "") -> list[Any]:  # fmt: skip
+        """Run a statement in the words of ask(), and again where that is safe and promising.
+
+        Once only in a transaction: a deadlock rolls back all of it.
+        """
+        while True:
             table = self._look(connection)
-            login = fit(str(arguments.get("login", "")), table.columns[0])
-            return _query(connection, self._in_words(statement, table), {**arguments, "login": login})
+            text = self._in_words(statement, f"`{self._name}`", table.login, table.force_index)
+            if "{" in text:  # an INSERT takes what is left of the time with it
+                left_s = min(DAY_S, connection.deadline - time.monotonic() - LATE_ROW_S)
+                text = text.format(left_s=f"{left_s:.6f}", rows=rows)
+            try:
+                return _query(connection, text, arguments)
+            except pymysql.MySQLError as error:
+                tries -= 1
+                if not tries or error.args[0] not in RETRIED:
+                    raise
+                self._next_look = 0.0
 
-        if deadline is not None:
-            return self._run(work, deadline)
-        with self._patient_connection(PATIENCE_S) as connection:
-            return work(connection)
+    @classmethod
+    @functools.lru_cache(maxsize=100)
+    def _in_words(cls, statement: str, table: str, login: str, force_index: str) -> str:
+        """Return a statement in this server's words, but for what is new each time; they are some dozens."""
+        statement = re.sub(r"\{since (\w+)\}", rf"ts > {cls.NOW} - INTERVAL %(\1)s SECOND", statement)
+        return statement.format(
+            table=table, from_=f"{table} {force_index}", by_time=f"{table} FORCE INDEX (PRIMARY)", login=login,
+            of_login=f"sasl_username = %(login)s AND {login} = %(login)s", place=cls.PLACE, now=cls.NOW, age=cls.AGE,
+            left_s="{left_s}", rows="{rows}",
+        )  # fmt: skip
 
     def check(self, deadline: float) -> str:
-        """Return one line on the store, once it has been seen that events can be inserted."""
-        self._table = None
-        statement = self.INSERT.format(left_s=1, table=self._name, rows=self.NO_ROW)
-        table = self._run(lambda connection: (self._look(connection), _query(connection, statement))[0], deadline)
-        found = f"{self._where}, logins of up to {table.columns[0][0]} characters"
+        """Return one line on the store, once it has been seen that events can be inserted: by inserting none.
+
+        A server may answer and be read only, or have lost the table: then it is not back, and the next one is tried.
+        """
+        self._next_look = 0.0
+        with self._pool.connection(deadline) as connection:
+            self._ask(connection, f"{self.INSERT} {self.NO_ROW}")
+            table = self._look(connection)
+        found = f"{self}, logins of up to {table.columns[0][0]} characters"
         if table.force_index:
             return f"{found}, index on (sasl_username, ts)"
-        found += ", NO index on (sasl_username, ts): slow when it is large; run policyd --init-db"
-        if table.key:
-            found = found.replace("run policyd --init-db", f"{table.key} is IGNORED or INVISIBLE")
+        found += f", NO index on (sasl_username, ts): slow when it is large; {table.remedy}"
         log.warning(found)
         return found
 
-    def _look_at_ourselves(self, connection: Any) -> tuple[Table, str, bool]:
-        user = str(_query(connection, "SHOW CREATE USER CURRENT_USER()"))
-        return self._look(connection), user, connection._secure or not connection.password
-
     def problems(self, deadline: float) -> list[str]:
-        """Return what else is missing, though events can be counted."""
-        table, user, is_secure = self._run(self._look_at_ourselves, deadline)
-        found = []
-        if table.key and not table.force_index:
-            found.append(f"index {table.key} is IGNORED (MariaDB) or INVISIBLE (MySQL): sums are slow without it")
-        if "caching_sha2_password" in user and not is_secure and not importlib.util.find_spec("cryptography"):
-            found.append("python3-cryptography is missing: without it, or dbssl_ca=, this login works only until the"
-                         " server is started again")  # fmt: skip
-        try:
-            self._run(lambda connection: _query(connection, self.PURGE.format(table=self._name), (36_500, 0)), deadline)
-        except RepositoryUnavailable as error:
-            found.append(f"old events cannot be deleted: {error}; try: GRANT DELETE {self._grant}")
+        """Return what else is missing, though events can be counted; the daemon itself goes on without it.
+
+        caching_sha2_password needs the module only until the server remembers the login, that is, after its next start.
+        """
+        with self._pool.connection(deadline) as connection:
+            remedy = self._look(connection).remedy
+            found = [f"{remedy}: sums are slow without it"] if "INVISIBLE" in remedy else []
+            needs_key = "caching_sha2_password" in str(_query(connection, "SHOW CREATE USER CURRENT_USER()"))
+            is_secure = connection._secure or not connection.password or importlib.util.find_spec("cryptography")
+            if needs_key and not is_secure:
+                found.append("python3-cryptography is missing: without it, or dbssl_ca=, this login works only until"
+                             " the server is started again")  # fmt: skip
+            try:
+                self._ask(connection, self.PURGE, (36_500, 0))
+            except pymysql.MySQLError as error:
+                grant = f"GRANT DELETE ON `{self._settings.dbname}`.`{self._name}` TO '{self._settings.dbuser}'@..."
+                found.append(f"old events cannot be deleted: {error}; try: {grant}")
         return found
 
+    @property
     def has_index(self) -> bool:
         """Tell whether a login's events are found without reading all others'."""
-        return self._table is not None and self._table[0].force_index != ""
+        return bool(self._table and self._table.force_index)
 
     def purge(self, keep_days: int) -> Iterator[int]:
         """Delete the events older than `keep_days`, a slice at a time; yield the number of each.  For any thread."""
-        with self._patient_connection(PATIENCE_S) as connection:
-            while deleted := _query(connection, self.PURGE.format(table=self._name), (keep_days, PURGE_SLICE))[0][0]:
-                yield deleted
-                connection.deadline = time.monotonic() + PATIENCE_S
+        deleted = 1
+        while deleted:
+            with self._pool.connection() as connection:
+                ((deleted,),) = self._ask(connection, self.PURGE, (keep_days, PURGE_SLICE))
+            yield deleted
 
     def init(self) -> str:
         """Create or upgrade the table; return one line on what was done."""
         show = f"SHOW CREATE TABLE `{self._name}`"
         said_twice = " CHARACTER SET utf8mb4| COLLATE utf8mb4_bin"  # by MySQL: of the table, and of each column
-        with self._patient_connection(DAY_S) as connection:
+        with self._pool.connection(patience_s=DAY_S) as connection:
             if not _query(connection, self.FACTS, [self._name]):
                 _query(connection, self.CREATE.format(table=self._name))
-                return f"created {self._where}"
+                return f"created {self}"
             before = re.sub(said_twice, "", _query(connection, show)[0][1])
             key = "" if _query(connection, self.INDEXES, [self._name]) else f", ADD {self.KEY}"
             _query(connection, self.UPGRADE.format(table=self._name) + key)
             if re.sub(said_twice, "", _query(connection, show)[0][1]) == before:
-                return f"{self._where} is up to date"
-            return f"upgraded {self._where}: wide columns of any character, index on (sasl_username, ts)"
+                return f"{self} is up to date"
+            return f"upgraded {self}: wide columns of any character, index on (sasl_username, ts)"
 
     def _look(self, connection: Any) -> Table:
-        """Return what is known of the table, looked at anew every minute: it may be upgraded under us."""
-        seen = self._table
-        if seen and time.monotonic() - seen[1] < TABLE_LOOK_S:
-            return seen[0]
-        facts = {name: ((width, CODECS.get(charset, "ascii")), collation)
-                 for name, width, charset, collation in _query(connection, self.FACTS, [self._name])}  # fmt: skip
-        missing = {"ts", *Event._fields} - set(facts)
-        if not facts:
-            raise RepositoryUnavailable(f"there is no {self._where}; create it with policyd --init-db")
-        if missing:
-            raise RepositoryUnavailable(f"{self._where} has no column {' and no '.join(sorted(missing))}")
-        index = next((name for (name,) in _query(connection, self.INDEXES, [self._name])), "")
-        force_index = f"FORCE INDEX (`{index}`)" if index else ""
+        """Return what is known of the table, looked at anew every minute: it may be upgraded under us.  For any thread.
+
+        Raises RepositoryUnavailable if it is not there; of a column that is not, the INSERT complains.
+        """
+        if self._table and time.monotonic() < self._next_look:
+            return self._table
+        texts = _query(connection, self.FACTS, [self._name])
+        if not texts:
+            raise RepositoryUnavailable(f"there is no {self}; create it with policyd --init-db")
+        key = next((name for (name,) in _query(connection, self.INDEXES, [self._name])), "")
+        force_index, remedy = (f"FORCE INDEX (`{key}`)", "") if key else ("", "run policyd --init-db")
         try:
             _query(connection, f"SELECT 1 FROM `{self._name}` {force_index} LIMIT 0")
         except pymysql.MySQLError as error:
             if error.args[0] != 1176:  # it is there and must not be used: ignored, invisible
                 raise
-            force_index = ""
-        login = "sasl_username" if facts["sasl_username"][1] == "utf8mb4_bin" else self.BINARY
-        table = Table([facts[name][0] for name in Event._fields[:3]], index, force_index, login)
-        self._table = table, time.monotonic()
-        return table
-
-    def _run(self, work: Callable[[Any], T], deadline: float) -> T:
-        """Do `work` with a connection of the pool, and again where that is safe and promising.
-
-        Every error of the driver that comes through here, whatever its class, means that the store cannot be used: a
-        joining Galera node, a read-only server, a table that is gone, ...
-        """
-        tried = 0
-        while True:
-            try:
-                with self._pool.connection(deadline) as connection:
-                    return work(connection)
-            except (pymysql.MySQLError, RepositoryUnavailable) as error:
-                tried += 1
-                if error.args[:1] == (1176,):
-                    self._table = None  # the index has gone: look again
-                if tried > _retries(error):
-                    self._pool.pass_over()
-                    is_large = error.args[:1] in [(1153,), (2006,)]  # or it hangs up while we are still sending
-                    raise (TooLarge if is_large else RepositoryUnavailable)(str(error)) from error
-
-    @contextlib.contextmanager
-    def _patient_connection(self, patience_s: float) -> Iterator[Any]:
-        """A connection of its own, for statements that take their time, of a server that may freeze meanwhile."""
-        connection = self._pool.connect(time.monotonic() + patience_s, limits="")
-        try:
-            yield connection
-        except pymysql.MySQLError as error:
-            raise RepositoryUnavailable(str(error)) from error
-        finally:
-            _close_quietly(connection)
+            force_index, remedy = "", f"index {key} is IGNORED (MariaDB) or INVISIBLE (MySQL)"
+        columns = [(width, CODECS.get(charset, "ascii")) for width, charset, _ in texts[:3]]
+        login = "sasl_username" if texts[0][2] == "utf8mb4_bin" else self.BINARY
+        self._table = Table(columns, login, force_index, remedy)
+        self._long, self._next_look = {}, time.monotonic() + MINUTE_S
+        return self._table
 
 
-def _identity(path: str, known: tuple[int, int] | None = None) -> tuple[int, int] | None:
-    """Return what tells a file from another one of the same name, None if there is none; what was `known`, in doubt."""
-    try:
-        status = os.stat(path)
-        return status.st_dev, status.st_ino
-    except OSError as error:
-        return None if isinstance(error, FileNotFoundError) else known or (0, 0)
+@functools.cache
+def _incidents_of(kinds: int) -> frozenset[str]:
+    """Return the incidents that the database has FOUND; bit 0 stands for what is none, the others for one each."""
+    return frozenset(incident for n, incident in enumerate(INCIDENTS, start=1) if kinds >> n & 1)
 
 
 class SQLiteRepository:
-    """The events in a file of our own: for a single relay without a database server, and for the outage journal."""
+    """The events in a file of our own: for a single relay without a database server, and for the outage journal.
 
-    # Milliseconds since 1970, UTC; the rest as in MariaDBRepository.
+    Each thread has a connection of its own; in a WAL, whoever reads delays nobody who writes.
+    """
+
+    # ts in ms since 1970, UTC; the rest as in MariaDBRepository.  The application_id says up to which row id a journal
+    # has been moved: the rows stay until all have been, since deleting needs room, and the disk may be full.
     SCHEMA = """
         CREATE TABLE IF NOT EXISTS events (ts INTEGER NOT NULL, sasl_username TEXT NOT NULL, sender TEXT NOT NULL,
             client_address TEXT NOT NULL, recipient_count INTEGER);
@@ -1454,34 +1313,43 @@ class SQLiteRepository:
             WHERE recipient_count IS NULL;
     """
     INSERT = "INSERT INTO events (ts, sasl_username, sender, client_address, recipient_count) VALUES (?, ?, ?, ?, ?)"
-    OF_LOGIN = "FROM events WHERE sasl_username = :login AND ts > :day AND rowid > :after"
+    OF_LOGIN = "FROM events WHERE sasl_username = :login AND ts > :day"
     USAGE = (
         "SELECT coalesce(sum(recipient_count), 0), coalesce(sum(recipient_count * (ts > :hour)), 0),"
         f" (SELECT group_concat(DISTINCT client_address) {OF_LOGIN} AND recipient_count IS NULL)"
         f" FROM (SELECT ts, recipient_count {OF_LOGIN} AND recipient_count > 0 ORDER BY ts DESC LIMIT :rows)"
     )
-    WRITE = "PRAGMA user_version = 1"  # the least that can be written: it finds a full disk
-    PURGE = "DELETE FROM events WHERE rowid IN (SELECT rowid FROM events WHERE ts < ? LIMIT ?)"
+    WAITING = "FROM events WHERE rowid > max(%(after)s, (SELECT application_id FROM pragma_application_id))"
     FIRST = (
-        "SELECT rowid, ts, sasl_username, sender, client_address, recipient_count FROM events"
-        " WHERE rowid > ? ORDER BY rowid LIMIT ?"
+        "SELECT rowid, ts, sasl_username, sender, client_address, recipient_count"
+        f" {WAITING} ORDER BY rowid LIMIT %(limit)s"
     )
+    BY_MINUTE = (
+        "SELECT count(*), max(ts), sasl_username, '', CASE WHEN recipient_count IS NULL THEN client_address END AS why,"
+        f" sum(recipient_count) {WAITING} GROUP BY sasl_username, ts / 60000, why"
+    )
+    has_index = True
+    PURGE = "DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} WHERE NOT {since keep} LIMIT %(rows)s)"
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
         self.path = path
         self._clock = clock
-        self._of_thread = threading.local()  # each thread has a connection of its own
-        self._opened: list[sqlite3.Connection] = []
+        self._connections: dict[int, sqlite3.Connection] = {}  # of each thread
+        self._opened: tuple[int, int] | None = None  # which file of this name was opened last
 
     def __str__(self) -> str:
         return f"embedded store {self.path}"
 
+    def ms_ago(self, seconds: float = 0) -> int:
+        """Return when that was, in ms since 1970."""
+        return int((self._clock() - seconds) * 1000)
+
     def resolve(self) -> None:
-        """Nothing: there is no name."""
+        """Nothing: a file has no name that would have to be looked up."""
 
     def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
         """See MariaDBRepository; nothing is ever refused."""
-        now = self._ms_ago(0)  # never later: the clock may have been ahead
+        now = self.ms_ago()  # never later: the clock may have been ahead
         rows = [(min(ts, now), *event) for ts, event in zip(times or [now] * len(events), events)]
         with self._connection() as connection:
             connection.executemany(self.INSERT, rows)
@@ -1490,140 +1358,126 @@ class SQLiteRepository:
     def usages(self, events: Sequence[Event], settings: Settings, deadline: float) -> list[Usage]:
         """See MariaDBRepository."""
         logins = [event.sasl_username for event in events]
-        return run_up(logins, events, self.totals(logins, settings.rows_of))
-
-    def totals(self, logins: Iterable[str], rows_of: Callable[[str], int], after: int = 0) -> dict[str, Usage]:
-        """Return what each login has used, as far as rows_of() its newest events say it, those above row id `after`."""
-        words: dict[str, Any] = {"day": self._ms_ago(DAY_S), "hour": self._ms_ago(HOUR_S), "after": after}
         totals = {}
         with self._connection() as connection:
             for login in dict.fromkeys(logins):
-                words.update(login=login, rows=rows_of(login))
+                words = {"login": login, "day": self.ms_ago(DAY_S), "hour": self.ms_ago(HOUR_S)}
+                words["rows"] = settings.rows_of(login)
                 recipients, of_hour, incidents = connection.execute(self.USAGE, words).fetchone()
                 totals[login] = Usage(recipients, of_hour, frozenset(incidents.split(",") if incidents else ()))
-        return totals
+        return run_up(logins, events, totals)
 
     def ask(self, statement: str, arguments: Mapping[str, object], deadline: float | None = None) -> list[Any]:
         """See MariaDBRepository."""
-        now = str(self._ms_ago(0))
+        now = str(self.ms_ago())
         statement = re.sub(r"\{since (\w+)\}", rf"ts > {now} - 1000 * %(\1)s", statement)
         text = statement.format(
             table="events", from_="events", by_time="events", login="sasl_username", now=now,
             of_login="sasl_username = %(login)s", place="place(client_address)", age=f"(({now} - ts) / 1000.0)",
         )  # fmt: skip
         with self._connection() as connection:
-            cursor = connection.execute(re.sub(r"%\((\w+)\)s", r":\1", text), dict(arguments))
+            cursor = connection.execute(re.sub(r"%\((\w+)\)s", r":\1", text), {**TIMES, **arguments})
             return cursor.fetchall() if cursor.description else [(cursor.rowcount,)]
 
     def check(self, deadline: float) -> str:
         """See MariaDBRepository."""
         with self._connection() as connection:
-            connection.execute(self.WRITE)
+            connection.execute("PRAGMA user_version = 1")  # the least that can be written: it finds a full disk
         return str(self)
 
     def problems(self, deadline: float) -> list[str]:
         """See MariaDBRepository."""
         return []
 
-    def has_index(self) -> bool:
-        """See MariaDBRepository."""
-        return True
-
     def purge(self, keep_days: int) -> Iterator[int]:
         """See MariaDBRepository."""
-        deleted = 1
-        while deleted:
-            with self._connection() as connection:
-                deleted = connection.execute(self.PURGE, (self._ms_ago(keep_days * DAY_S), PURGE_SLICE)).rowcount
+        while deleted := self.ask(self.PURGE, {"keep": keep_days * DAY_S, "rows": PURGE_SLICE})[0][0]:
             yield deleted
 
     def init(self) -> str:
         """See MariaDBRepository."""
         return f"{self.check(0)} is ready"
 
-    def first(self, limit: int, after: int = 0) -> list[tuple[int, int, Event]]:
-        """Return the first events: row id (those above `after`), time in ms since 1970, event."""
-        with self._connection() as connection:
-            rows = connection.execute(self.FIRST, (after, limit)).fetchall()
-        return [(rowid, ts, Event(*event)) for rowid, ts, *event in rows]
+    def first(self, limit: int = -1, after: int = 0) -> list[Row]:
+        """Return the first events that wait, or all, of those above row id `after`."""
+        return self._rows(self.FIRST, after=after, limit=limit)
 
-    def delete_first(self, upto: int) -> None:
-        """Delete the events up to and with row id `upto`."""
-        with self._connection() as connection:
-            connection.execute("DELETE FROM events WHERE rowid <= ?", (upto,))
+    def by_minute(self, after: int) -> list[Row]:
+        """Return the same added up by login and minute, with their number in place of the row id.
 
-    def shrink(self) -> None:
-        """Give back the room of what was deleted."""
-        with self._connection() as connection:
-            connection.execute("VACUUM")
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        A million events are read in 10 s, in which nobody has an answer and the watchdog ends us; added up, in 1 or 2.
+        """
+        directory = os.path.dirname(self.path) or "."
+        if not os.path.lexists(self.path) and os.access(directory, os.X_OK):  # else it may be out of our reach
+            return []
+        return self._rows(self.BY_MINUTE, after=after)
 
-    def count(self, after: int = 0) -> int:
-        """Return the number of events, of those above row id `after`; a file that is certainly not there has none."""
-        if _identity(self.path) is None and os.path.isdir(os.path.dirname(self.path) or "."):
-            return 0
-        with self._connection() as connection:
-            return int(connection.execute("SELECT count(*) FROM events WHERE rowid > ?", (after,)).fetchone()[0])
+    def _rows(self, statement: str, **arguments: int) -> list[Row]:
+        return [(number, ts, Event(*event)) for number, ts, *event in self.ask(statement, arguments)]
 
-    def left_behind(self, after: int) -> list[tuple[int, int, Event]] | None:
-        """If the file that this thread has open is there no more, leave it; return what first() would have of it."""
-        connection = getattr(self._of_thread, "connection", None)
-        if connection is None or self._of_thread.file == _identity(self.path, self._of_thread.file):
-            return None
-        rows: list[Any] = []
-        with contextlib.suppress(sqlite3.Error), connection:
-            rows = connection.execute(self.FIRST, (after, -1)).fetchall()
-            connection.execute("DELETE FROM events")  # should that file come back, it is not to be moved again
-            connection.commit()
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self._drop()
-        return [(rowid, ts, Event(*event)) for rowid, ts, *event in rows]
+    def forget(self, upto: int) -> None:
+        """Let the events up to and with row id `upto` wait no more; when none does, empty the file.
 
-    def _ms_ago(self, seconds: float) -> int:
-        return int((self._clock() - seconds) * 1000)
+        Emptied, it gives its room back: an outage of days may have left a large one.
+        """
+        self.ask(f"PRAGMA application_id = {upto:d}", {})
+        if not self.first(1):
+            with contextlib.suppress(RepositoryUnavailable), self._connection() as connection:  # no room: another time
+                connection.execute("DELETE FROM events")
+                connection.execute("PRAGMA application_id = 0")
+                connection.commit()
+                connection.execute("VACUUM")
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # or what comes in its place would read its log
+
+    def is_gone(self) -> bool:
+        """Tell whether another file, or none, is where the opened one was: what is written there is lost at the end."""
+        return self._opened not in (None, self._identity())
+
+    def leave(self, after: int) -> list[Row]:
+        """Leave a file that is gone; return what first() still has of it, if it is open."""
+        rows: list[Row] = []
+        if threading.get_ident() in self._connections:
+            with contextlib.suppress(RepositoryUnavailable):
+                rows = self.first(after=after)
+                self.forget(rows[-1][0] if rows else after)  # should it come back
+        self._leave()
+        self._opened = None
+        return rows
+
+    def _identity(self) -> tuple[int, int] | None:
+        with contextlib.suppress(OSError):
+            status = os.stat(self.path)
+            return status.st_dev, status.st_ino
+        return None
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """This thread's connection, in a transaction: committed at the end, or rolled back and thrown away."""
-        mine = self._of_thread
         try:
-            known = getattr(mine, "file", None)
-            if self.path != ":memory:" and known != _identity(self.path, known):
-                self._drop()  # another file has come in its place
-            if not hasattr(mine, "connection"):
-                mine.connection = self._open()
-                mine.file = _identity(self.path)
-            with mine.connection as connection:
+            with self._connections.get(threading.get_ident()) or self._open() as connection:
                 yield connection
         except sqlite3.Error as error:
-            self._drop()
+            self._leave()
             raise RepositoryUnavailable(f"{self.path}: {error}") from error
 
     def _open(self) -> sqlite3.Connection:
-        if os.geteuid() == 0 and not os.path.exists(self.path):  # root's tools: the daemon shall write it, too
-            with contextlib.suppress(OSError):
-                owner = os.stat(os.path.dirname(self.path))
-                os.close(os.open(self.path, os.O_CREAT, 0o600))
-                os.chown(self.path, owner.st_uid, owner.st_gid)
         connection = sqlite3.connect(self.path, timeout=0.1, check_same_thread=False)
-        self._opened.append(connection)
+        self._connections[threading.get_ident()] = connection
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")  # what was answered stays counted after a power cut
-        connection.execute("PRAGMA wal_autocheckpoint = 100")  # or the log of writes alone fills a small disk
+        connection.execute("PRAGMA wal_autocheckpoint = 32")  # or the log of writes alone fills a small disk
         connection.create_function("place", 1, place_of)
         connection.executescript(self.SCHEMA)
+        self._opened = self._identity()
         return connection
 
-    def _drop(self) -> None:
-        """Close this thread's connection."""
-        connection = self._of_thread.__dict__.pop("connection", None)
-        if connection:
-            self._opened.remove(connection)
+    def _leave(self) -> None:
+        if connection := self._connections.pop(threading.get_ident(), None):
             connection.close()
 
     def close(self) -> None:
         """Close the connections of all threads."""
-        for connection in self._opened:
+        for connection in list(self._connections.values()):
             connection.close()
 
 
@@ -1632,19 +1486,26 @@ Repository = Union[MariaDBRepository, SQLiteRepository]
 
 def open_repository(settings: Settings) -> Repository:
     """Return the store that the settings name, without touching it yet."""
-    return MariaDBRepository(settings) if settings.dbhost else SQLiteRepository(settings.state_file("events.sqlite3"))
+    return MariaDBRepository(settings) if settings.dbname else SQLiteRepository(settings.state_file("events.sqlite3"))
 
 
 # ---- watch: what is asked beyond the sums, of the few for whom it matters ------------------------------------
 
-KNOWN_S = 600  # for how long is remembered what is known of a login
-KNOWN_LOGINS = 100_000
+KNOWN_S = 600  # for how long is remembered what is known of logins
 NEWEST_ROWS = 2000  # of a login's hour in which its places are looked for in the path
 HISTORY_ROWS = 20_000  # of its day, and of its days before
 
 
 class Watch:
-    """Looks for the early signs of a thief, and remembers since when an incident holds a login's mail."""
+    """Looks for the early signs of a thief, and remembers since when an incident holds a login's mail.
+
+    In the path, before the answer, of the few logins that send enough to be worth it; and, in a sweep each minute, of
+    all that have sent, since a slow botnet never sends enough at a time.  Nothing is judged before the table remembers
+    some days, on the first of which everything is new, nor in an outage, when nobody knows what is.
+    """
+
+    # The newest rows are found by the index, however long a history is.  Those of the day and those before it are
+    # limited apart, or a thief's messages of today would crowd out where the login has been at home for weeks.
 
     NEWEST = "SELECT ts, client_address, recipient_count FROM {from_} WHERE {of_login} AND"
     NEWEST_FIRST = "ORDER BY ts DESC LIMIT %(rows)s"
@@ -1660,117 +1521,96 @@ class Watch:
         f" UNION ALL SELECT * FROM ({NEWEST} {{since keep}} AND NOT {{since day}} {NEWEST_FIRST}) AS earlier"
         ") AS newest GROUP BY 1, 2"
     )
-    LASTING = (
+    SINCE = (
         "SELECT client_address, MAX({age}) FROM {from_}"
         " WHERE {of_login} AND {since day} AND recipient_count IS NULL GROUP BY client_address"
     )
-    REMEMBERS = "SELECT 1 FROM {table} WHERE {since keep} AND NOT {since judge} LIMIT 1"
-    CANDIDATES = (  # places grow by sending only; a derived table, since MySQL would flatten IN (SELECT ...)
+    CAN_JUDGE = "SELECT 1 FROM {table} WHERE {since keep} AND NOT {since judge} LIMIT 1"
+    # Of those that have sent lately, since places grow by sending only: 0.4 s for a million rows, and 10 s by the
+    # server's own plan.  A derived table, since MySQL would flatten IN (SELECT ...).  The places are counted in a rough
+    # way (an IPv6 address has many spellings); signs() then looks at each candidate exactly.
+    CANDIDATES = (
         "SELECT {login} AS login, SUM(recipient_count)"
         " FROM (SELECT DISTINCT sasl_username AS who FROM {by_time} WHERE {since lately}) AS recent"
         " JOIN {from_} ON sasl_username = who WHERE {since day} AND recipient_count > 0"
         " GROUP BY {login} HAVING COUNT(DISTINCT {place}) > 3 * %(places)s"
         " OR COUNT(DISTINCT CASE WHEN {since half_hour} THEN {place} END) > %(places)s"
     )
-    RECORD = (  # where no other relay was faster
-        "INSERT INTO {table} (ts, sasl_username, sender, client_address, recipient_count)"
+    UNLESS_HELD = (  # for a day anyhow; by a sweep of another relay perhaps, that was faster
         " SELECT {now}, %(login)s, '', %(incident)s, NULL FROM (SELECT 1 AS one) AS once WHERE NOT EXISTS (SELECT 1"
-        " FROM {from_} WHERE {of_login} AND {since day} AND recipient_count IS NULL AND client_address = %(incident)s)"
-    )
-    TIMES = types.MappingProxyType(
-        {"half_hour": HALF_HOUR_S, "hour": HOUR_S, "day": DAY_S, "judge": DAYS_TO_JUDGE * DAY_S}
+        " FROM {from_} WHERE {of_login} AND {since day} AND recipient_count IS NULL"
+        f" AND client_address IN ({str(INCIDENTS[: 2 * len(LASTING)])[1:-1]}))"
     )
 
     def __init__(self, repository: Repository, clock: Callable[[], float] = time.monotonic) -> None:
-        self._repository = repository
+        self._store = repository  # without a deadline it is asked by another thread than the recorder's, which may wait
         self._clock = clock
-        self._remembers = False  # has the table events that are old enough to judge by?
-        self._known: dict[str, tuple[set[str], float]] = {}  # of a login: its places, as of when
-        self._since: dict[str, tuple[str, float, float]] = {}  # the rule that holds a login, since when, as of when
-
-    def _ask(self, statement: str, deadline: float | None, **arguments: object) -> list[Any]:
-        times = {name: value for name, value in self.TIMES.items() if f"since {name}" in statement}
-        return self._repository.ask(statement, {**times, **arguments}, deadline)
+        self._can_judge = False  # has the table events that are old enough?
+        self._known: dict[str, set[str | None]] = {}  # of a login: its places
+        self._since: dict[str, dict[str, float]] = {}  # of a login: since when each rule holds its mail
+        self._forget_at = 0.0  # both of them
 
     def look(self, events: Sequence[Event], usages: Sequence[Usage], settings: Settings,
              deadline: float | None) -> list[Usage]:  # fmt: skip
-        """Return the usages of `events` with what only a closer look tells; only with a deadline is the store asked."""
-        seen: dict[str, tuple[int, int, int]] = {}  # the figures of those that were looked at
-        looked = []
-        for event, usage in zip(events, usages):
-            login = event.sasl_username
-            rule = usage.lasting() if usage.incidents else ""
-            if not rule:
-                self._since.pop(login, None)  # whatever held it was forgiven
-            if rule:
-                usage = usage._replace(since=self._since_when(login, rule, deadline))
-            elif settings.everybody.early_signs and deadline is not None and self._is_worth_it(event, usage, settings):
-                figures = seen.get(login) or self._signs(event, usage, settings, deadline)
-                seen.update({login: figures} if figures else {})
-                usage = Usage(*usage[:4], *(figures or ()))
-            looked.append(usage)
-        return looked
+        """Return the usages of `events` with what only a closer look tells; only with a deadline is the store asked.
 
-    def _is_worth_it(self, event: Event, usage: Usage, settings: Settings) -> bool:
-        """Tell whether a login sends enough, below its quota, and from a place that is not remembered as known."""
-        limits = settings.limits_of(event.sasl_username)
-        least = min(EARLY_FLOOR, limits.new_place_quota)
-        if not self._remembers or usage.of_hour < least or usage.recipients >= limits.hold_at:
-            return False
-        place = place_of(event.client_address, settings.trusted_network)
-        known, as_of = self._known.get(event.sasl_username, ((), 0.0))
-        return place is not None and (place not in known or self._clock() - as_of > KNOWN_S)
-
-    def _signs(self, event: Event, usage: Usage, settings: Settings,
-               deadline: float) -> tuple[int, int, int] | None:  # fmt: skip
-        """Return Usage's last three figures; None for a message from a place that is known, as it turns out."""
-        login = event.sasl_username
-        known, as_of = self._known.get(login, (set(), 0.0))
-        is_old = not as_of or self._clock() - as_of > KNOWN_S
-        if is_old:
-            known = self.known_places(login, settings, deadline)
-            if place_of(event.client_address, settings.trusted_network) in known:
-                return None
-        sightings = self._sightings(login, HOUR_S, NEWEST_ROWS, deadline)
-        found = signs(sightings, known, settings.trusted_network)
-        verdict = decide(Usage(*usage[:4], *found), settings.limits_of(login))
-        is_held = verdict.rule in LASTING and "audit" not in (settings.mode, settings.early_signs)
-        if is_held and not is_old:  # afresh before a hold: it may have been forgiven a minute ago
-            found = signs(sightings, self.known_places(login, settings, deadline), settings.trusted_network)
-        return found
-
-    def _sightings(self, login: str, period_s: int, rows: int, deadline: float | None) -> list[Sighting]:
-        found = self._ask(self.SIGHTINGS, deadline, login=login, period=period_s, rows=rows)
-        return [Sighting(address, int(count), int(messages), float(age)) for address, count, messages, age in found]
-
-    def known_places(self, login: str, settings: Settings, deadline: float | None) -> set[str]:
-        """Return, and remember, the places that are known of a login: used more than a day ago, or forgiven.
-
-        After an incident of this kind that nobody has forgiven, more than a day before it: else the thief's places
-        would be known the next day.
+        Without one, in an outage, known incidents hold on, and no new sign is looked for.
         """
-        keep = settings.keep_days * DAY_S
-        history = self._ask(self.HISTORY, deadline, login=login, keep=keep, rows=HISTORY_ROWS)
-        held = [float(age) for what, kind, age in history if kind == "incident" and what.split(" ")[-1] in LASTING[1:]]
-        long_ago = DAY_S + max(held, default=0.0)
-        known = {place_of(address, settings.trusted_network) or "" for address, kind, age in history
-                 if kind == "forgiven" or (kind == "used" and age >= long_ago)}  # fmt: skip
-        if len(self._known) >= KNOWN_LOGINS:
-            self._known.clear()
-        self._known[login] = known, self._clock()
-        return known
+        if deadline is not None and self._clock() >= self._forget_at:
+            self._known, self._since, self._forget_at = {}, {}, self._clock() + KNOWN_S
+        figures: dict[str, tuple[int, int, int]] = {}  # of those that were looked at: one look a batch
+        return [self._look_at(event, usage, settings, deadline, figures) for event, usage in zip(events, usages)]
 
     def _since_when(self, login: str, rule: str, deadline: float | None) -> float:
         """Return when the incident began that holds a login, in s since 1970; at worst, when it was first seen."""
-        known, since, as_of = self._since.get(login, ("", 0.0, 0.0))
-        if deadline is not None and (known != rule or self._clock() - as_of > KNOWN_S):
-            incidents = self._ask(self.LASTING, deadline, login=login)
-            ages = [float(age) for incident, age in incidents if incident.endswith(rule)]
-            since, as_of = time.time() - max(ages, default=0.0), self._clock()
-        if len(self._since) >= KNOWN_LOGINS:
-            self._since.clear()
-        self._since[login] = rule, since or time.time(), as_of
-        return self._since[login][1]
+        since = self._since.setdefault(login, {})
+        if rule not in since:
+            kinds = self._store.ask(self.SINCE, {"login": login}, deadline) if deadline is not None else []
+            since[rule] = time.time() - max((age_s for kind, age_s in kinds if kind.endswith(rule)), default=0.0)
+        return since[rule]
+
+    def _look_at(self, event: Event, usage: Usage, settings: Settings, deadline: float | None,
+                 figures: dict[str, tuple[int, int, int]]) -> Usage:  # fmt: skip
+        """Look for signs if a message comes from a place not known, of a login that sends enough to be worth it.
+
+        Only below its quota: beyond that this decides anyhow, and one hot account there would have everybody wait for
+        it.  What is known is remembered, since to ask it for each message of 2000 busy logins would cost half of the
+        speed; but it is asked anew before a hold: perhaps the login was forgiven.
+        """
+        login, trusted = event.sasl_username, settings.trusted_network
+        if usage.incidents and (rule := usage.lasting()):
+            return usage._replace(since=self._since_when(login, rule, deadline))
+        self._since.pop(login, None)  # whatever held it was forgiven
+        if deadline is None or not self._can_judge:
+            return usage
+        limits = settings.limits_of(login)
+        is_much = usage.of_hour >= min(EARLY_FLOOR, limits.new_place_quota) and usage.recipients < limits.hold_at
+        if not (is_much and limits.early_signs):
+            return usage
+        known = self._known.get(login) or self.known_places(login, settings, deadline)
+        if place_of(event.client_address, trusted) in known:  # None, which is no place, is
+            return usage
+        if login not in figures:
+            seen = self._store.ask(self.SIGHTINGS, {"login": login, "period": HOUR_S, "rows": NEWEST_ROWS}, deadline)
+            figures[login] = signs(seen, known, trusted)
+            if decide(Usage(*usage[:4], *figures[login]), limits) is not PASSED:
+                figures[login] = signs(seen, self.known_places(login, settings, deadline), trusted)
+        return Usage(*usage[:4], *figures[login])
+
+    def known_places(self, login: str, settings: Settings, deadline: float | None) -> set[str | None]:
+        """Return, and remember, the places that are known of a login: used more than a day ago, or forgiven.
+
+        After an incident of this kind that nobody has forgiven, more than a day before it: else the thief's places
+        would be known the next day.  None, which is no place, always is.
+        """
+        keep = settings.keep_days * DAY_S
+        history = self._store.ask(self.HISTORY, {"login": login, "keep": keep, "rows": HISTORY_ROWS}, deadline)
+        held = [age_s for what, kind, age_s in history if kind == "incident" and what.endswith(LASTING[1:])]
+        long_ago = DAY_S + max(held, default=0.0)
+        known = {None, *(place_of(address, settings.trusted_network) for address, kind, age_s in history
+                         if kind == "forgiven" or (kind == "used" and age_s >= long_ago))}  # fmt: skip
+        self._known[login] = known  # and not returned from there: the other thread may forget them all
+        return known
 
     def sweep(self, settings: Settings, lately_s: float) -> Iterator[tuple[str, Verdict, int]]:
         """Yield, with the day's recipients, who has been in too many places in half an hour or a day.
@@ -1778,97 +1618,93 @@ class Watch:
         Of those that have sent within `lately_s`; logins whose mail is held already are left out, and audit records
         nothing.  To be called in a thread of its own.
         """
-        if not self._remembers:
-            self._remembers = bool(self._ask(self.REMEMBERS, None, keep=settings.keep_days * DAY_S))
-        if not self._remembers or not settings.max_places:
+        self._can_judge = self._can_judge or bool(self._store.ask(self.CAN_JUDGE, {"keep": settings.keep_days * DAY_S}))
+        if not self._can_judge or not settings.max_places:
             return
         limits = Limits(NEVER, NEVER, places=settings.max_places)
-        for login, recipients in self._ask(self.CANDIDATES, None, lately=lately_s, places=settings.max_places):
-            incidents = frozenset(incident for incident, _ in self._ask(self.LASTING, None, login=login))
-            if not Usage(0, 0, incidents).lasting():
-                sightings = self._sightings(login, DAY_S, HISTORY_ROWS, None)
-                found = signs(sightings, self.known_places(login, settings, None), settings.trusted_network)
-                verdict = decide(Usage(0, 0, frozenset(), 0.0, *found), limits)
-                is_audit = "audit" in (settings.mode, settings.early_signs)
-                if verdict.action == "HOLD" and (
-                    is_audit or self._ask(self.RECORD, None, login=login, incident=verdict.incident)[0][0]
-                ):
-                    yield login, verdict, int(recipients)
+        is_audit = "audit" in (settings.mode, settings.early_signs)
+        record = self.UNLESS_HELD if is_audit else INSERT_INTO + self.UNLESS_HELD
+        for login, recipients in self._store.ask(self.CANDIDATES, {"lately": lately_s, "places": settings.max_places}):
+            seen = self._store.ask(self.SIGHTINGS, {"login": login, "period": DAY_S, "rows": HISTORY_ROWS})
+            figures = signs(seen, self.known_places(login, settings, None), settings.trusted_network)
+            verdict = decide(Usage(0, 0, frozenset(), 0.0, *figures), limits)
+            words = {"login": login, "incident": verdict.incident}
+            if verdict is not PASSED and any(row[0] for row in self._store.ask(record, words)):  # how many
+                yield login, verdict, int(recipients)
 
 
 # ---- recorder: group commit and outage journal; it knows neither SQL nor Postfix -----------------------------
 
 BATCH_DEADLINE_S = 2.8  # for a batch from the arrival of its oldest event: whoever waits has an answer within 3 s
 LEAST_LEFT_S = 0.5  # of it: a batch that begins with less goes to the journal
-RETRY_DELAYS_S = (1, 2, 4, 8, 15)  # between two looks for a database that is away; the last one repeats
+RETRY_DELAYS_S = (1, 15)  # between two looks for a database that is away: the first, twice as long each time, the last
+PAUSE_S = 0.2  # of a recorder that has nothing to do: so late it sees that a store was found, or that we end
 REPLAY_SLICE = 500  # rows of the journal that one INSERT takes between two batches
-TIGHT_SLICE = 50  # where the disk was full: to delete a row takes room, too, up to a page of the index
-SPARE_BYTES = 512 << 10  # beside the journal: from a disk that is full of it nothing could be deleted, or moved
+SPARE_BYTES = 256 << 10  # that the journal leaves free: from a disk that is full of it nothing could be moved
 LAST_KNOWN_LOGINS = 100_000
 OnUsage = Callable[[Optional[Usage]], None]
 Waiting = tuple[Event, OnUsage, float]  # with the time of its arrival
 
 
 class LastKnown:
-    """What a store was last seen to have of each login, and has got since: of a day, of at most 100,000 logins."""
+    """What a store was last seen to have of each login, and has got since: of a day, of at most 100,000 logins.
+
+    By this whoever is held stays held in an outage.  A restart forgets it: a login then has its whole quota once more,
+    as far as the journal knows no better.  Times are in ms since 1970, as those of the events are.
+    """
 
     def __init__(self) -> None:
-        self._usages: collections.OrderedDict[str, list[tuple[float, Usage]]] = collections.OrderedDict()
+        # An OrderedDict: a dict that loses its first key each time is slow to find the next one.
+        self._usages: collections.OrderedDict[str, dict[int, Usage]] = collections.OrderedDict()
 
-    def put(self, login: str, usage: Usage, now: float) -> None:
+    def put(self, login: str, usage: Usage, now: int) -> None:
         """Remember what was used."""
-        self._usages[login] = [(now, usage)]
+        self._usages[login] = {now: usage}
         self._usages.move_to_end(login)
-        if len(self._usages) > LAST_KNOWN_LOGINS:
-            self._usages.popitem(last=False)
-
-    def grow(self, events: Iterable[tuple[float, Event]], now: float) -> None:
-        """Add events of this age in s, by the minute."""
-        for age_s, event in events:
-            minute = now - age_s + (age_s - now) % MINUTE_S  # rounded up: rather too hard for a minute than too soft
-            recipients = event.recipient_count or 0
-            more = Usage(recipients, recipients, frozenset([event.client_address] * (event.recipient_count is None)))
-            known = self._usages.setdefault(event.sasl_username, [])
-            if known and known[-1][0] == minute:
-                more = known.pop()[1].plus(more)
-            known.append((minute, more))
         while len(self._usages) > LAST_KNOWN_LOGINS:
             self._usages.popitem(last=False)
 
-    def get(self, login: str, now: float) -> Usage:
+    def grow(self, rows: Iterable[Row], sign: int = 1) -> None:
+        """Add events, or take them away again, by the minute: who sends all day shall not be a long list."""
+        for _, ms, event in rows:
+            minute = ms + -ms % 60_000  # rounded up: rather too hard for a minute than too soft
+            recipients = sign * (event.recipient_count or 0)
+            more = Usage(recipients, recipients, frozenset([event.client_address] * (event.recipient_count is None)))
+            known = self._usages.setdefault(event.sasl_username, {})
+            known[minute] = known.get(minute, NOTHING).plus(more)
+
+    def get(self, login: str, now: int) -> Usage:
         """Return what was used, as far as it is known and not too old."""
         total = NOTHING
-        for when, (recipients, of_hour, incidents, *_) in self._usages.get(login, ()):
-            if now - when < DAY_S:
-                total = total.plus(Usage(recipients, of_hour if now - when < HOUR_S else 0, incidents))
+        for ms, usage in self._usages.get(login, {}).items():
+            if now - ms < DAY_S * 1000:
+                total = total.plus(usage if now - ms < HOUR_S * 1000 else usage._replace(of_hour=0))
         return total
 
 
 class Journal:
     """Events that the store could not take: in a file, or in memory while that cannot be written.
 
-    An event leaves the journal after the store has committed it.  A crash in between, a connection lost in the middle
-    of an INSERT, or a frozen server that wakes up may count one slice twice, not more: no other slice is moved before
-    the last one is deleted.  Nothing is counted zero times: unreadable is not empty.  Whatever is wrong with the file
-    is tried again every minute and at the end.  Only the recorder's thread comes here.
+    An event waits here until the store has committed it, and the file says so.  A crash in between, a connection lost
+    in the middle of an INSERT, or a frozen server that wakes up may count one slice twice, not more: no other slice is
+    moved before the file says so of the last one.  Nothing is counted zero times: unreadable is not empty.
+
+    Whatever is wrong with the file is tried again every minute and at the end, and not with each event: a disk that
+    fails may take its time.  What waits is known in memory by login and minute, so that no sum asks the file.  Only the
+    recorder's thread comes here; the others may look at `place` and `waiting`.
     """
 
-    def __init__(self, path: str, wall_clock: Callable[[], float] = time.time,
-                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
-        self._file = SQLiteRepository(path, wall_clock)
-        self._memory = SQLiteRepository(":memory:", wall_clock)
-        self._wall_clock = wall_clock
+    def __init__(self, file: SQLiteRepository, clock: Callable[[], float] = time.monotonic) -> None:
+        self._file = file
         self._clock = clock
-        self.kept = 0  # events in memory
+        self.now_ms, self.close = file.ms_ago, file.close
+        self.kept: list[Row] = []  # in memory only: what the file could not take
         self._in_file: int | None = None  # events that wait there; None: it cannot be read
-        self._moved = 0  # row id up to which the store has all, though the file still has it, too
-        self._moved_of: object = None  # which file that is
-        self._file_known = LastKnown()  # what the file has, for the time when it cannot be read
+        self._moved = 0  # row id up to which the store has all, though the file does not say so yet
+        self.known = LastKnown()  # what waits, in memory and in the file
         self.trouble = ""  # what is wrong with the file
-        self._spare = f"{path}-spare"
-        self._has_spare = os.path.exists(self._spare)
         self._next_look = 0.0
-        self._slice = REPLAY_SLICE  # halved when the store does not take it: it may be too large
+        self._slice = REPLAY_SLICE  # rows; halved when the store does not take them, doubled each minute
 
     @property
     def place(self) -> str:
@@ -1878,200 +1714,117 @@ class Journal:
     @property
     def waiting(self) -> int:
         """The number of events that wait, as far as it is known."""
-        return (self._in_file or 0) + self.kept
+        return (self._in_file or 0) + len(self.kept)
 
     def is_empty(self) -> bool:
         """Tell whether certainly nothing waits, and nothing could be counted twice."""
         return self._in_file == 0 and not self.kept and not self._moved
 
-    def can_move(self) -> bool:
-        """Tell whether there is something that replay() can move now."""
-        return bool(self.kept or (self._in_file and not self._moved and (self._has_spare or not self.trouble)))
-
-    def next_look_s(self) -> float:
-        """Return the seconds until look() is due."""
-        return max(0.0, self._next_look - self._clock())
+    def is_due(self) -> bool:
+        """Tell whether it is time for look(): each minute, and at once when a file in which events wait is gone."""
+        return self._clock() >= self._next_look or (bool(self._in_file) and self._file.is_gone())
 
     def look(self) -> None:
-        """Mend what can be mended: see what waits in the file, delete what was moved, write what was kept."""
+        """Mend what can be mended: see what waits in the file, say there what was moved, write what was kept.
+
+        A file that was removed while it was open is still there, for us alone: what waits in it goes to memory first.
+        """
         self._next_look = self._clock() + MINUTE_S
         self._slice = min(REPLAY_SLICE, 2 * self._slice)
         is_first = self._in_file is None and not self.trouble
-        try:
-            self._see(is_afresh=bool(self.trouble))
-            if is_first or self.trouble or self.kept:
-                self._file.check(0)
+        with self._or_trouble():
+            if self._file.is_gone():
+                self.kept = self._file.leave(self._moved) + self.kept
+                self._in_file, self._moved = None, 0
+            if self.trouble or not self._in_file:  # else it has what we have put there: no need to read it all again
+                self._in_file = None
+                in_file = self._file.by_minute(self._moved)
+                self._in_file = sum(number for number, _, _ in in_file)
+                self.known = LastKnown()
+                self.known.grow(in_file + self.kept)
             if self._moved:
-                self._file.delete_first(self._moved)
+                self._file.forget(self._moved)
                 self._moved = 0
-            if self.kept:
-                kept = self._memory.first(-1)
-                self._write([event for _, _, event in kept], [ts for _, ts, _ in kept])
-                self._forget(kept)
-        except RepositoryUnavailable as error:
-            return self._complain(error)
-        if self.trouble:
-            log.error(f"no outage journal: over, {self._file.path} can be used again; {self.waiting} events wait in it")
-            self.trouble = ""
-        elif is_first and self._in_file:
-            log.warning(f"{self._in_file} events of an earlier outage wait in the journal")
+            if is_first or self.trouble or self.kept:  # while all is well, mail waits for no disk
+                self._file.check(0)
+                self._write()
+            if self.trouble:
+                path, self.trouble = self._file.path, ""
+                log.error(f"no outage journal: over, {path} can be used again; {self.waiting} events wait in it")
+            elif is_first and self._in_file:
+                log.warning(f"{self._in_file} events of an earlier outage wait in the journal")
 
-    def _see(self, is_afresh: bool = False) -> None:
-        """See how many events wait in the file; if it was removed while it was open, keep what waited in it."""
-        left_behind = self._file.left_behind(self._moved)
-        if left_behind is not None:
-            self._moved, self._next_look, self._file_known = 0, 0.0, LastKnown()
-            self._keep([event for _, _, event in left_behind], [ts for _, ts, _ in left_behind])
-        elif self._moved and _identity(self._file.path) not in (None, (0, 0), self._moved_of):
-            self._moved = 0  # another file has come in its place
-        if is_afresh or left_behind is not None or not self._in_file:
-            self._in_file = None
-            self._in_file = self._file.count(self._moved)
+    @contextlib.contextmanager
+    def _or_trouble(self) -> Iterator[None]:
+        """What fails in here begins a time in which events are kept in memory; only look() ends it."""
+        try:
+            yield
+        except (RepositoryUnavailable, OSError) as error:
+            if not self.trouble:
+                log.error(f"no outage journal: {error}; in an outage events are counted in memory only")
+            self.trouble = str(error)
 
-    def _complain(self, error: RepositoryUnavailable) -> None:
-        if not self.trouble:
-            log.error(f"no outage journal: {error}; in an outage events are counted in memory only")
-        self.trouble = str(error)
-
-    def _aged(self, events: Sequence[Event], times: Sequence[int]) -> list[tuple[float, Event]]:
-        now = self._wall_clock()
-        return [(now - ts / 1000, event) for ts, event in zip(times, events)]
-
-    def _keep(self, events: Sequence[Event], times: Sequence[int]) -> None:
-        self._memory.insert(events, 0, times)
-        self.kept += len(events)
-
-    def _forget(self, kept: list[tuple[int, int, Event]]) -> None:
-        self._memory.delete_first(kept[-1][0])
-        self.kept -= len(kept)
-
-    def _write(self, events: Sequence[Event], times: Sequence[int]) -> None:
-        self._file.insert(events, 0, times)
-        self._file_known.grow(self._aged(events, times), self._wall_clock())
-        self._in_file = (self._in_file or 0) + len(events)
+    def _write(self) -> None:
+        """Write to the file what is in memory only; raises RepositoryUnavailable, also for want of room."""
+        if shutil.disk_usage(os.path.dirname(self._file.path) or ".").free < SPARE_BYTES:
+            raise RepositoryUnavailable(f"{self._file.path}: its disk is full")
+        self._file.insert([event for _, _, event in self.kept], 0, [ms for _, ms, _ in self.kept])
+        self._in_file = (self._in_file or 0) + len(self.kept)
+        self.kept = []
 
     def insert(self, events: Sequence[Event]) -> None:
         """Keep `events`, as of now."""
-        times = [int(self._wall_clock() * 1000)] * len(events)
+        if self._file.is_gone():  # else they would be written to a file that nobody can ever find
+            self.look()
+        now = self.now_ms()
+        rows = [(0, now, event) for event in events]
+        self.known.grow(rows)
+        self.kept += rows
         if not self.trouble:
-            try:
-                self._see()
-                self._take_spare()
-                return self._write(events, times)
-            except RepositoryUnavailable as error:
-                self._complain(error)
-        self._keep(events, times)
+            with self._or_trouble():
+                self._write()
 
-    def _take_spare(self) -> None:
-        """Before the first event, where the disk is not nearly full, take the room in which the last one can go."""
-        if self._in_file or self._moved or self._has_spare:
-            return
-        self._file.shrink()
-        with contextlib.suppress(OSError):
-            if shutil.disk_usage(os.path.dirname(self._spare) or ".").free >= 1.5 * SPARE_BYTES:
-                with open(self._spare, "wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, SPARE_BYTES)
-                self._has_spare = True
+    def replay(self, repository: Repository, deadline: float) -> list[Row]:
+        """Move the oldest slice to `repository` and return it; empty: nothing can be moved; raises as `repository`.
 
-    def _give_spare(self) -> None:
-        """Now that the store takes events, and the journal may do no more: it may have filled the disk itself."""
-        self._has_spare, self._slice = False, TIGHT_SLICE // 2  # which look() doubles
-        with contextlib.suppress(OSError):
-            os.unlink(self._spare)
-        self.look()
-
-    def totals(self, logins: Sequence[str]) -> dict[str, Usage]:
-        """Return what each login has in the journal; of a file that cannot be read, what is known of it."""
-        if self.is_empty():
-            return {}
-        now = self._wall_clock()
-        try:
-            found = dict.fromkeys(logins, NOTHING)
-            if self._in_file != 0 or self._moved:
-                self._see()
-                found = self._file.totals(logins, lambda _: -1, self._moved)
-            for login, usage in found.items():
-                self._file_known.put(login, usage, now)
-        except RepositoryUnavailable as error:
-            self._in_file = None
-            self._complain(error)
-            found = {login: self._file_known.get(login, now) for login in logins}
-        kept = self._memory.totals(logins, lambda _: -1) if self.kept else {}
-        return {login: usage.plus(kept.get(login, NOTHING)) for login, usage in found.items()}
-
-    def replay(self, repository: Repository, deadline: float) -> list[tuple[float, Event]]:
-        """Move the oldest slice to `repository`, with its times; return age in s and event; raises as `repository`."""
-        slice_ = self._memory.first(self._slice) if self.kept else []
-        is_kept = bool(slice_)
-        if not is_kept and self.can_move() and self.trouble:
-            self._give_spare()
-        if not is_kept and self.can_move():
-            try:
-                self._see()
-                slice_ = self._file.first(self._slice, self._moved)
-            except RepositoryUnavailable as error:
-                self._in_file = None
-                self._complain(error)
-        if not slice_:
+        What is in memory only goes first: it has most to lose.
+        """
+        rows = self.kept[: self._slice]
+        if not rows and self._in_file and not self._moved:
+            with self._or_trouble():
+                rows = self._file.first(self._slice)
+            self._in_file = self._in_file if rows else None  # look() will see; this is not tried in each turn
+        if not rows:
             return []
-        events, times = [event for _, _, event in slice_], [ts for _, ts, _ in slice_]
-        size, self._slice = self._slice, max(1, self._slice // 2)  # the next one, unless the store takes this one
         try:
-            repository.insert(events, deadline, times)
-        except TooLarge:
-            if size > 1:
-                return []
+            repository.insert([event for _, _, event in rows], deadline, [ms for _, ms, _ in rows])
+        except RepositoryUnavailable as error:
+            self._slice = max(1, self._slice // 2)  # too large perhaps, or too slow, with rows that are refused
+            if isinstance(error, TooLarge) and len(rows) > 1:
+                return self.replay(repository, deadline)
             raise
-        self._slice = size
-        moved = self._aged(events, times)
-        if is_kept:
-            self._forget(slice_)
-        else:
-            self._in_file = max(0, (self._in_file or 0) - len(events))
-            self._delete(slice_[-1][0])
-            self._file_known = self._file_known if self._in_file else LastKnown()
-            self.totals([event.sasl_username for event in events])  # to know what is left, should it become unreadable
-        return moved
-
-    def _delete(self, upto: int) -> None:
-        self._moved, self._moved_of = upto, _identity(self._file.path)
+        self.known.grow(rows, sign=-1)  # by now a sum has them from the store
+        if self.kept:
+            del self.kept[: len(rows)]
+            return rows
+        self._in_file = (self._in_file or 0) - len(rows)
+        self._moved = rows[-1][0]
         try:
-            self._file.delete_first(upto)
+            self._file.forget(self._moved)
             self._moved = 0
         except RepositoryUnavailable as error:
             self.trouble = self.trouble or str(error)
-            if self._has_spare:
-                self._give_spare()
-            if self._moved:
-                log.error(f"the database has events that cannot be deleted from the journal: {error}; trying each"
-                          " minute, nothing else is moved before, and a crash would count them twice")  # fmt: skip
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-@dataclasses.dataclass
-class Outage:
-    """From the first failure of the store until the journal is empty again."""
-
-    began: float  # monotonic
-    reason: str = ""  # as last logged
-    replayed: int = 0  # events
-    attempts: int = 0
-    ended: float = 0.0
-
-    def next_delay(self) -> float:
-        """Return the seconds until the next look for the store: longer and longer, up to the last of them."""
-        self.attempts += 1
-        return RETRY_DELAYS_S[min(self.attempts, len(RETRY_DELAYS_S)) - 1]
+            log.error(f"the database has events that cannot be deleted from the journal: {error}; trying each minute,"
+                      " nothing else is moved before, and a crash would count them twice")  # fmt: skip
+        return rows
 
 
 class Recorder:
     """Records events and tells their sums; one thread commits all events that wait with one statement.
 
     There is no timer: while one batch is being committed, the next one gathers, and another thread tells the sums of
-    the last one.  Within a batch the sums run up in order of arrival, as if the messages had come one by one.
+    the last one: to wake 64 handlers takes a third of the time.  Within a batch the sums run up in order of arrival, as
+    if the messages had come one by one.
 
     From the first failure of the store on, events go to the journal, and nobody waits for the store; a sum is then
     the last known one plus the journal's.  Another thread looks for the store.  When it is back, events go there
@@ -2079,28 +1832,25 @@ class Recorder:
     """
 
     def __init__(self, repository: Repository, journal: Journal, settings: Settings,
-                 watch: Watch | None = None, clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
         self.settings = settings  # replaced whole by a reload
-        self._repository = repository
         self.journal = journal
-        self._watch = watch
+        self.watch = Watch(repository, clock)
+        self._repository = repository
         self._clock = clock
-        self._last_known = LastKnown()
-        self._waiting: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()  # None: look around
-        self._turn_began: float | None = None
-        self._in_hand: float | None = None  # when the oldest event of the batch arrived that the turn holds
-        self._telling_since: float | None = None
+        self._last_known = LastKnown()  # of the store's part
+        self._waiting: queue.SimpleQueue[Waiting] = queue.SimpleQueue()
+        self._told: queue.Queue[tuple[list[Waiting], Sequence[Usage | None]] | None] = queue.Queue()
+        self._busy_since = float(NEVER)  # since when whoever waits for the recorder's thread has come
         self._away = threading.Event()  # set by the recorder's thread, cleared by the one that finds the store
         self._away.set()
-        self.looked = threading.Event()  # has the store been looked for, once?
-        self._began = clock()
-        self._outage: Outage | None = None  # until the journal is empty
-        self._last_outage = Outage(self._began)
+        self.looked = threading.Event()  # is it known by now whether the store is there, and what is in the journal?
+        self._down_since = clock()  # if it is away
+        self._reason = ""  # of the outage, as last logged; empty: there is none
+        self._replayed = 0  # events, in this outage, or of that of an earlier process
         self._closing = threading.Event()
-        self._known: queue.SimpleQueue[tuple[list[Waiting], Sequence[Usage | None]] | None] = queue.SimpleQueue()
-        self._handed = self._told = 0  # batches, to the teller and by it
-        work = {"recorder": self._work, "teller": self._tell_all, "reconnect": self._find_store}
-        self.threads = [threading.Thread(target=work[name], name=name, daemon=True) for name in work]
+        works = self._work, self.tell, self._find_store  # at the end they are waited for in this order
+        self.threads = [threading.Thread(target=work, daemon=True) for work in works]
 
     def start(self) -> None:
         """Start the threads; events may come at once, and wait for the first look at the stores as long as they may."""
@@ -2115,20 +1865,19 @@ class Recorder:
         self._waiting.put((event, on_usage, self._clock()))
 
     def longest_wait_s(self) -> float:
-        """Return for how long, at most, an event has waited: in the queue, a batch, behind a replay or an answer."""
-        queued = None if self._waiting.empty() else self._turn_began
-        waits = (self._in_hand, queued, self._telling_since)
-        return max((self._clock() - since for since in waits if since is not None), default=0.0)
+        """Return for how long, at most, an event has waited: in the queue, in a batch or behind a replay."""
+        return max(0.0, self._clock() - self._busy_since)
 
     def down_s(self) -> float | None:
         """Return for how long the store has been away, or None: it is there."""
-        began = self._outage.began if self._outage else self._began
-        return self._clock() - began if self._away.is_set() else None
+        return self._clock() - self._down_since if self._away.is_set() else None
 
     def stop(self, timeout: float) -> None:
-        """Commit what waits, in `timeout` seconds at most; what is in the journal's file stays there."""
+        """Commit what waits, in `timeout` seconds at most; what is in the journal's file stays there.
+
+        A database that hangs now keeps us no longer than that: these threads end with the process.
+        """
         self._closing.set()
-        self._waiting.put(None)
         deadline = time.monotonic() + timeout
         for thread in self.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -2136,67 +1885,58 @@ class Recorder:
         self.journal.close()
 
     def _work(self) -> None:
+        """Take turns until the end, also beyond it for those who wait already."""
+        has_moved = True
         while not (self._closing.is_set() and self._waiting.empty()):
-            self._turn_began = None
-            can_move = self.journal.can_move() and not self._away.is_set()
-            first = None
-            with contextlib.suppress(queue.Empty):
-                first = self._waiting.get(timeout=0 if can_move else self.journal.next_look_s())
-            self.turn(first)
+            has_moved = self.turn(0 if has_moved else PAUSE_S)
+            if self._reason or not self._away.is_set():  # a turn has looked at the journal, another thread at the store
+                self.looked.set()
         self.finish()
-        self._known.put(None)
+        self._told.put(None)
 
-    def turn(self, first: Waiting | None = None) -> None:
-        """Do once what the recorder's thread repeats: record what waits (`first` before the rest), move a slice."""
-        self._turn_began = self._clock()
-        batch = [first] if first else []
+    def turn(self, patience_s: float = 0) -> bool:
+        """Do once what the recorder's thread repeats: record what waits, move a slice of the journal.
+
+        Waits for so long for something to come.  Returns whether a slice was moved: another one may be there.  It is
+        one in a turn, so that whoever comes meanwhile waits for no more than that.  No thread is started here and no
+        clock but ours asked: tests/test_simulation.py takes these turns in a world with faults.
+        """
+        batch: list[Waiting] = []
         with contextlib.suppress(queue.Empty):
             while len(batch) < BATCH_EVENTS:
-                item = self._waiting.get_nowait()
-                batch += [item] if item else []
-        self._in_hand = batch[0][2] if batch else None
-        if not self.journal.next_look_s():
+                batch.append(self._waiting.get(timeout=0 if batch else patience_s))
+        began = self._clock()
+        self._busy_since = batch[0][2] if batch else began  # the watchdog looks at the one that has waited longest
+        if self.journal.is_due():
             self.journal.look()
         if batch:
-            known = batch, self._commit([event for event, _, _ in batch], batch[0][2] + BATCH_DEADLINE_S)
-            self._in_hand = None
-            if len(batch) == 1 and self._handed == self._told:
-                self._tell(*known)  # nobody else waits: no need to wake the other thread
+            usages = self._commit([event for event, _, _ in batch], batch[0][2] + BATCH_DEADLINE_S)
+            if len(batch) == 1 and not self._told.unfinished_tasks:  # nobody else waits: no need to wake a thread
+                self._call_back(batch, usages)
             else:
-                self._handed += 1
-                self._known.put(known)
-        if not self._away.is_set():
-            self._move_slice()
+                self._told.put((batch, usages))
+        self._busy_since = began
+        has_moved = self._move_slice(began + BATCH_DEADLINE_S)
+        self._busy_since = float(NEVER)
+        return has_moved
 
     def finish(self) -> None:
         """At the end, do what can still be done for the events that are in memory only."""
         self.journal.look()
         deadline = self._clock() + BATCH_DEADLINE_S  # for all of them: systemd waits for us
-        with self._or_outage():
-            while self.journal.kept and not self._away.is_set():
-                self.journal.replay(self._repository, deadline)
-        if self.journal.kept:
-            log.error(f"{self.journal.kept} events are forgotten: they were counted in memory only")
-
-    def tell_next(self, block: bool = False) -> bool:
-        """Tell the sums of the next batch, if there is one; return False when there will be no more."""
-        self._telling_since = None
-        try:
-            known = self._known.get(block)
-        except queue.Empty:
-            return True
-        if known is not None:
-            self._telling_since = self._clock()
-            self._tell(*known)
-            self._told += 1
-        return known is not None
-
-    def _tell_all(self) -> None:
-        while self.tell_next(block=True):
+        while self.journal.kept and self._move_slice(deadline):
             pass
+        if self.journal.kept:
+            log.error(f"{len(self.journal.kept)} events are forgotten: they were counted in memory only")
+
+    def tell(self) -> None:
+        """Call back all who have recorded something, until the end: in a thread of its own, beside the next batch."""
+        while told := self._told.get():
+            self._call_back(*told)
+            self._told.task_done()
 
     @staticmethod
-    def _tell(batch: list[Waiting], usages: Sequence[Usage | None]) -> None:
+    def _call_back(batch: list[Waiting], usages: Sequence[Usage | None]) -> None:
         for (_, on_usage, _), usage in zip(batch, usages):
             try:
                 on_usage(usage)
@@ -2205,159 +1945,130 @@ class Recorder:
                 on_usage(None)
 
     def _commit(self, events: list[Event], deadline: float) -> Sequence[Usage | None]:
-        """Return the sums of one batch; None for what the store refused."""
-        if not self.looked.is_set():
-            self.looked.wait(max(0.0, deadline - LEAST_LEFT_S - self._clock()))
-            if not self.looked.is_set():
-                self._note_outage("it is still being looked for")
-            self.looked.set()  # nobody else waits: names may take long
-        is_stored, refused = self._keep(events, deadline)
-        kept = [event for n, event in enumerate(events) if n not in refused] if refused else events
-        usages = self._usages(kept, deadline, is_stored)
-        if self._watch:
-            usages = self._look_closer(self._watch, kept, usages, deadline if is_stored else None)
-        told = iter(usages)
-        return [None if n in refused else next(told) for n in range(len(events))] if refused else usages
+        """Keep one batch in the store, or else in the journal; return its sums, None for what the store refused.
 
-    def _keep(self, events: list[Event], deadline: float) -> tuple[bool, set[int]]:
-        """Commit `events` to the store, or else to the journal; tell which, and the positions of those refused."""
-        if deadline - self._clock() < LEAST_LEFT_S and not self._away.is_set():
+        What has failed on its way to the store goes to the journal, though it may be there: rather twice than never.
+        """
+        refused: set[int] | None = None  # None: it is not in the store
+        if self._away.is_set():
+            self._note_outage(self._reason or "it is still being looked for")
+        elif deadline - self._clock() < LEAST_LEFT_S:  # no reason to call the store away: it is others who are late
             self._note_outage("the database is too slow: events have waited for more than 2 s")
-        elif not self._away.is_set():
+        else:
             with self._or_outage():
-                return True, self._repository.insert(events, deadline)
-        self.journal.insert(events)
-        return False, set()
+                refused = self._repository.insert(events, deadline)
+        if refused is None:
+            self.journal.insert(events)
+            return self._usages(events, None)
+        kept = [event for n, event in enumerate(events) if n not in refused]
+        usages = iter(self._usages(kept, deadline))
+        return [None if n in refused else next(usages) for n in range(len(events))]
 
-    def _usages(self, events: list[Event], deadline: float, is_stored: bool) -> list[Usage]:
-        """Return the sums of `events`: the store's, or what it was last known to have, and the journal's."""
-        now = self._clock()
+    def _usages(self, events: list[Event], deadline: float | None) -> list[Usage]:
+        """Return the sums of `events`, of the store, which is asked if it has them (`deadline`), and of the journal.
+
+        If it has them and cannot tell, they are not journaled: they would count twice.
+        """
+        now = self.journal.now_ms()
         logins = [event.sasl_username for event in events]
-        journal = self.journal.totals(logins)
-        if is_stored and events:
+        known = {} if self.journal.is_empty() else {login: self.journal.known.get(login, now) for login in logins}
+        usages: list[Usage] = []
+        if deadline is not None:
             with self._or_outage():
                 usages = self._repository.usages(events, self.settings, deadline)
                 for login, usage in zip(logins, usages):
                     self._last_known.put(login, usage, now)
-                return [usage.plus(journal[login]) for login, usage in zip(logins, usages)] if journal else usages
-            self._last_known.grow([(0.0, event) for event in events], now)  # it has them, though it does not tell
-        totals = {login: self._last_known.get(login, now).plus(journal.get(login, NOTHING)) for login in logins}
-        return run_up(logins, events, totals)
-
-    def _look_closer(self, watch: Watch, events: list[Event], usages: list[Usage],
-                     deadline: float | None) -> list[Usage]:  # fmt: skip
-        if deadline is not None and not self._away.is_set():
-            with self._or_outage():
-                return watch.look(events, usages, self.settings, deadline)
-        return watch.look(events, usages, self.settings, None)  # what is remembered must do
+                if known:
+                    usages = [usage.plus(known[login]) for login, usage in zip(logins, usages)]
+                return self.watch.look(events, usages, self.settings, deadline)
+            if not usages:
+                self._last_known.grow((0, now, event) for event in events)  # it has them, though it does not tell
+        totals = {login: self._last_known.get(login, now).plus(known.get(login, NOTHING)) for login in logins}
+        return self.watch.look(events, run_up(logins, events, totals), self.settings, None)
 
     @contextlib.contextmanager
     def _or_outage(self) -> Iterator[None]:
-        """What fails in here begins an outage: from then on nobody asks the store."""
+        """What fails in here begins an outage: from then on nobody asks the store, until look_for_store() finds it.
+
+        Once is enough: with a server that is frozen, each further try would let a batch wait for 2.8 s.
+        """
         try:
             yield
         except Exception as error:  # any other kind is a fault of ours, and no reason to lose count
-            is_known = isinstance(error, RepositoryUnavailable)
-            if not (is_known and self._outage and self._away.is_set()):  # it is away, and still is
+            if not (self._reason and self._away.is_set()):  # else it was away, and that has been said
+                is_known = isinstance(error, RepositoryUnavailable)
                 self._note_outage(str(error) if is_known else traceback.format_exc())
             self._away.set()
 
     def _note_outage(self, reason: str) -> None:
-        now, last = self._clock(), self._last_outage
-        is_again = last.reason == reason and now - last.ended < MINUTE_S  # it says it is ready, and fails each time
-        self._outage = self._outage or Outage(now, attempts=last.attempts if is_again else 0)
-        if reason != self._outage.reason:
+        """Note when an outage begins, which lasts until the journal is empty; say why, and why else.
+
+        But not what is the same as the last time: monit rules and humans are told once, not once a message.
+        """
+        if not self._reason:
+            self._down_since = self._clock()
+        if reason != self._reason:
             log.error(f"ERROR while UPDATING db: {reason}; counting in {self.journal.place} until it is back")
-            self._outage.reason = reason
+            self._reason = reason
 
     def look_for_store(self) -> None:
-        """See whether the store takes events (again); what waits in the journal then follows."""
+        """See whether the store takes events (again); what waits in the journal then follows.
+
+        In a thread of its own, that nobody waits for: names may take long to be looked up, and a server to answer.
+        """
         with self._or_outage():
             self._repository.resolve()
             self._repository.check(self._clock() + BATCH_DEADLINE_S)
             self._away.clear()
-        self.looked.set()
-        self._waiting.put(None)
 
     def _find_store(self) -> None:
-        """Look for the store at the start, and in an outage until it is back."""
+        """Look for the store at the start, and in an outage until it is back: less and less often.
+
+        A server that says it is ready, and then hangs, costs a batch of messages 2.8 s each time.
+        """
+        shortest, longest = RETRY_DELAYS_S
         delay_s = 0.0
         while not self._closing.wait(delay_s):
             self.look_for_store()
-            self._away.wait()
-            delay_s = (self._outage or Outage(0)).next_delay()
+            if not self._away.wait(MINUTE_S):  # else it said that it is ready, and failed
+                delay_s = 0.0
+                self._away.wait()
+            delay_s = min(max(shortest, 2 * delay_s), longest)
 
-    def _move_slice(self) -> None:
-        """Move one slice of the journal to the store; when there is none left, the outage is over."""
-        deadline = (self._turn_began or self._clock()) + BATCH_DEADLINE_S  # of whoever has come since
-        if self.journal.can_move() and deadline - self._clock() >= LEAST_LEFT_S:
-            self._outage = self._outage or Outage(self._clock())
+    def _move_slice(self, deadline: float) -> bool:
+        """Move a slice of the journal to the store, if both can; when nothing is left there, the outage is over."""
+        moved: list[Row] = []
+        if not self._away.is_set() and deadline - self._clock() >= LEAST_LEFT_S:
             with self._or_outage():
                 moved = self.journal.replay(self._repository, deadline)
-                self._last_known.grow(moved, self._clock())
-                self._outage.replayed += len(moved)
-        outage = self._outage
-        if outage and self.journal.is_empty() and not self._away.is_set():
-            outage.ended = self._clock()
-            seconds = outage.ended - outage.began
-            log.error(f"ERROR while UPDATING db: over after {seconds:.0f} s, {outage.replayed} events replayed")
-            self._last_outage, self._outage = outage, None
+        self._last_known.grow(moved)
+        self._replayed += len(moved)
+        if (self._reason or self._replayed) and self.journal.is_empty() and not self._away.is_set():
+            seconds = self._clock() - self._down_since
+            log.error(f"ERROR while UPDATING db: over after {seconds:.0f} s, {self._replayed} events replayed")
+            self._reason, self._replayed = "", 0
+        return bool(moved)
 
 
 # ---- server: connections in, answers out ---------------------------------------------------------------------
+#
+# One message travels one way: Policy.answer() -> _judge() by the lists, or else through Recorder.record() ->
+# _conclude(), which decides and logs -> _settle() -> PolicyHandler._reply().  The thread of the connection goes as far
+# as record(); from there on it is one of the recorder's, for which all others wait.
 
-REMEMBERED_ANSWERS = 10_000
-TIMED_ANSWERS = 10_000  # the last ones, whose times the p99 is of
-LISTEN_BACKLOG = 1024  # socketserver's 5 leaves clients waiting for seconds in a rush
-SPARE_DESCRIPTORS = 64  # for the database, the store, the log
+LAST_ANSWERS = 10_000  # that are remembered, and whose times the p99 is of
 Reply = Callable[[str], None]
 
 
-class RecentAnswers:
-    """The last answers, so that a message asked about twice is counted and logged once.  Thread-safe.
-
-    Postfix repeats a request whose answer got lost or was late, and asks at DATA and at END-OF-MESSAGE if told
-    to; `instance` is the same then.  `recipient_count` belongs to the key: a refused DATA followed by
-    more RCPTs keeps the instance.
-    """
-
-    def __init__(self) -> None:
-        self._answers: dict[object, str | list[Reply]] = {}  # or who waits for it
-        self._lock = threading.Lock()  # guards it
-
-    def ask(self, key: object, reply: Reply) -> bool:
-        """Tell whether the caller shall settle `key`; reply() is called once, with the first answer to it."""
-        with self._lock:
-            known = self._answers.setdefault(key, [])
-            if isinstance(known, list):
-                known.append(reply)
-                return len(known) == 1
-        reply(known)
-        return False
-
-    def settle(self, key: object, answer: str) -> None:
-        """Answer all who wait for `key`; only the first answer counts."""
-        with self._lock:
-            waiting = self._answers.get(key, answer)
-            if isinstance(waiting, str):
-                return
-            self._answers[key] = answer
-            oldest = next(iter(self._answers))
-            if len(self._answers) > REMEMBERED_ANSWERS and isinstance(self._answers[oldest], str):
-                del self._answers[oldest]
-        for reply in waiting:
-            reply(answer)
-
-
 class Figures:
-    """What has been answered, for the status line and the file of figures.  Thread-safe."""
+    """What has been answered, also to mail without a login and to repetitions: Postfix waits for all.  Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.answered = {"DUNNO": 0, "HOLD": 0, "REJECT": 0}  # since the start
         self.spared = {"HOLD": 0, "REJECT": 0}  # what would have been held or refused, were it not for an audit
         self._held: dict[str, float] = {}  # when a login was last held or refused, if it was so the last time
-        self._times: collections.deque[float] = collections.deque(maxlen=TIMED_ANSWERS)  # s, of the last answers
+        self._times: collections.deque[float] = collections.deque(maxlen=LAST_ANSWERS)  # s
         self._lock = threading.Lock()  # guards all of them
 
     def count(self, action: str, seconds: float) -> None:
@@ -2367,13 +2078,12 @@ class Figures:
             self._times.append(seconds)
 
     def note(self, login: str, action: str, is_audit: bool = False) -> None:
-        """Keep in mind whether this login is held or refused now."""
+        """Keep in mind whether this login is held or refused now, or would be, were it not for an audit."""
         if action == "DUNNO" and login not in self._held:
             return  # without waiting for the lock
         with self._lock:
-            if action == "DUNNO":
-                self._held.pop(login, None)
-            else:
+            self._held.pop(login, None)
+            if action != "DUNNO":
                 self._held[login] = self._clock()
                 self.spared[action] += is_audit
 
@@ -2385,122 +2095,143 @@ class Figures:
             return len(self._held)
 
     def p99_s(self) -> float:
-        """Return the time that 99 % of the last answers kept to."""
+        """Return the time that 99 % of the last answers kept to; 0 if there is none."""
         with self._lock:
             times = sorted(self._times)
         return times[(len(times) * 99 - 1) // 100] if times else 0.0
 
 
 class Policy:
-    """Answers requests: the lists, the recorder, the decision and the log line, in this order.  Thread-safe."""
+    """Answers requests: the lists, the recorder, the decision, the log line, the answer, in this order.  Thread-safe.
+
+    A message that is asked about twice is counted and logged once, and gets one answer: Postfix repeats a request
+    whose answer got lost or was late, and asks at DATA and at END-OF-MESSAGE if told to; `instance` is the same then.
+    """
 
     def __init__(self, settings: Settings, recorder: Recorder, tell: Callable[[dict[str, object]], None]) -> None:
         self.settings = settings  # replaced whole by a reload
         self.figures = Figures()
         self._recorder = recorder
         self._tell = tell  # of an incident
-        self._recent = RecentAnswers()
-        self._on_its_way: set[tuple[str, str]] = set()  # logins and the incidents that are being recorded
+        # Of the last messages who waits for the answer, or the answer.  (A plain dict is slow to lose its first key.)
+        self._asked: collections.OrderedDict[object, list[Reply] | str] = collections.OrderedDict()
+        self._lock = threading.Lock()  # guards it: once it has the answer, nobody begins to wait
+        self._on_its_way: set[tuple[str, str]] = set()  # a login and a word of its incident that is being recorded
 
     def answer(self, request: PolicyRequest, peer: str, reply: Reply) -> None:
-        """Call reply(access(5) action) once, now or from the recorder's thread; `peer` is the relay's address."""
+        """Call reply(access(5) action) once, now or from a thread of the recorder's, so that it must not block.
+
+        `peer` is the relay's address.  Inbound mail, and mail at another state, is none of our business: DUNNO.
+        """
         if not request.sasl_username:
             return reply("DUNNO")
         if not request.recipient_count:
-            state = request.protocol_state
-            log.complain("place", f"recipient_count is 0 at protocol_state {state}: nothing is counted;"
-                         " in main.cf, call policyd from smtpd_end_of_data_restrictions")  # fmt: skip
+            log.complain("place", f"recipient_count is 0 at protocol_state {request.protocol_state}: nothing is"
+                         " counted; in main.cf, call policyd from smtpd_end_of_data_restrictions")  # fmt: skip
             return reply("DUNNO")
-        # Small, whatever was sent; Postfix always sends an instance, whoever types by hand does not.
+        # Two relays number their messages alike, and a refused DATA followed by more RCPTs keeps the instance.  A hash
+        # is small, whatever was sent.  Whoever types a request by hand gives no instance.
         key = hash((peer, request.instance, request.recipient_count)) if request.instance else object()
-        if not self._recent.ask(key, reply):
-            return None
-        try:
-            self._judge(request, functools.partial(self._recent.settle, key))
-        except Exception:
-            self._recent.settle(key, "DUNNO")  # a fault of ours: nobody waits for it, and it is logged as one
-            raise
-        return None
+        waiting: list[Reply] = [reply]
+        with self._lock:
+            known = self._asked.setdefault(key, waiting)
+            if known is not waiting and isinstance(known, list):
+                return known.append(reply)
+            if len(self._asked) > LAST_ANSWERS:
+                self._asked.popitem(last=False)
+        if isinstance(known, str):
+            reply(known)
+        else:  # this is the first time
+            settle = functools.partial(self._settle, key, waiting)
+            try:
+                self._judge(request, settle)
+            except Exception:
+                settle("DUNNO")  # a fault of ours: nobody waits for it, and it is logged as one
+                raise
 
-    def _judge(self, request: PolicyRequest, reply: Reply) -> None:
-        settings = self.settings
+    def _settle(self, key: object, waiting: list[Reply], answer: str) -> None:
+        """Answer all who wait, without the lock.  When the recorder met a fault of ours here, it comes once more."""
+        with self._lock:
+            self._asked[key] = answer
+        while waiting:
+            waiting.pop()(answer)
+
+    def _judge(self, request: PolicyRequest, settle: Reply) -> None:
+        """Settle a message by the lists, which beat each other in this order, or when the recorder has counted it."""
+        settings = self.settings  # one state to the end: after a reload a quota may need to know more than was asked
+        # No longer than the table keeps them: what waits for the store takes no more room than its rows.
         login = settings.login_of(request.sasl_username)[:KEPT_TEXT]
-        sender, client_address = request.sender.lower()[:KEPT_TEXT], request.client_address[:KEPT_TEXT]
-        event = Event(login, sender, client_address, request.recipient_count)
-        message = f"{login}/{sender}/{client_address}/{request.recipient_count}"
-        if not _can_hold(request):
+        client_address = request.client_address[:KEPT_TEXT]
+        event = Event(login, request.sender.lower()[:KEPT_TEXT], client_address, request.recipient_count)
+        is_listed = settings.blacklist.lines or settings.whitelist.lines
+        names = names_of(request.sasl_username, login, request.sender) if is_listed else []
+        if request.recipient_count == 1 and settings.always_allow.line_of([request.recipient.lower()], ""):
+            listed = Verdict("DUNNO", said=f"allowing mail to {request.recipient}")
+        elif is_listed and settings.blacklist.line_of(names, client_address):
+            listed = Verdict("HOLD", "blacklisted", "blacklisted", "blacklisted user")
+        elif (is_listed and settings.whitelist.line_of(names, client_address)
+              and in_office_hours(time.localtime(), settings.whitelist_days, settings.whitelist_hours)):  # fmt: skip
+            listed = Verdict("DUNNO", said="skipping whitelisted user")
+        else:
+            return self._recorder.record(event, lambda usage: settle(self._conclude(request, event, settings, usage)))
+        settle(self._conclude(request, event, settings, None, listed))
+
+    def _conclude(self, request: PolicyRequest, event: Event, settings: Settings, usage: Usage | None,
+                  verdict: Verdict = PASSED) -> str:  # fmt: skip
+        """Return the answer to a message, and log it first: whoever has an answer finds its line.
+
+        Its usage decides; without one the verdict is that of the lists, or it passes, since it could not be counted.
+        An audit only says what it would do, but for a block, which is a human's word.
+        """
+        message = "/".join(map(str, event))
+        who = f": {message}"
+        if usage:
+            log.info(f"Updating db: {message}/{usage.recipients}")
+            verdict = decide(usage, settings.limits_of(event.sasl_username, request.sasl_username))
+            who = f" for user {event.sasl_username} using {event.sender} from ip [{event.client_address}]"
+        # Where Postfix has no queue id it delivers in spite of HOLD.  (Who types a request by hand gives no state.)
+        if not request.queue_id and request.protocol_state in ("END-OF-MESSAGE", "DATA"):
             log.complain("proxy", "Postfix cannot hold what goes into smtpd_proxy_filter: what should be is refused;"
                          " ask policyd from the smtpd behind it, or use smtpd_milters or content_filter")  # fmt: skip
-        if request.recipient_count == 1 and settings.always_allow.line_of([request.recipient.lower()], ""):
-            log.info(f"allowing mail to {request.recipient[:KEPT_TEXT]}: {message}")
-            return reply("DUNNO")
-        if settings.blacklist.lines or settings.whitelist.lines:
-            names = names_of(request.sasl_username, login, request.sender)
-            if settings.blacklist.line_of(names, client_address):
-                blacklisted = Verdict("HOLD", "blacklisted", "blacklisted")
-                word = self._stop(blacklisted, login, request, settings, reply)[1].replace("DEFERRING", "Holding")
-                return log.info(f"{word} blacklisted user: {message}{self._queue_id(request)}")
-            if settings.whitelist.line_of(names, client_address) and in_office_hours(
-                time.localtime(), settings.whitelist_days, settings.whitelist_hours
-            ):
-                log.info(f"skipping whitelisted user: {message}")
-                return reply("DUNNO")
-        self._recorder.record(event, functools.partial(self._on_usage, request, event, message, settings, reply))
-
-    def _on_usage(self, request: PolicyRequest, event: Event, message: str, settings: Settings, reply: Reply,
-                  usage: Usage | None) -> None:  # fmt: skip
-        """Answer a message that has been counted; of None, one that could not be."""
-        if usage is None:
-            return reply("DUNNO")
-        login = event.sasl_username
-        verdict = decide(usage, settings.limits_of(login, request.sasl_username))
-        counted = f"Updating db: {message}/{usage.recipients}"
-        if verdict is PASSED:
-            reply("DUNNO")
-            self.figures.note(login, "DUNNO")
-            return log.info(counted)
-        verdict, word = self._stop(verdict, login, request, settings, reply)
-        log.info(counted)
-        log.info(f"{word} {verdict.said} for user {login} using {event.sender} from ip [{event.client_address}]"
-                 f"{self._queue_id(request)}")  # fmt: skip
-        if not word.startswith("would"):
-            self._note_incident(event, verdict, usage, request.queue_id[:KEPT_TEXT])
-
-    @staticmethod
-    def _queue_id(request: PolicyRequest) -> str:
-        return f", queue_id={request.queue_id[:KEPT_TEXT]}" if request.queue_id else ""
-
-    def _stop(self, verdict: Verdict, login: str, request: PolicyRequest, settings: Settings,
-              reply: Reply) -> tuple[Verdict, str]:  # fmt: skip
-        """Answer with a verdict; return what is really done, and the word for the log: an audit only says it."""
-        if verdict.action == "HOLD" and not _can_hold(request):
-            verdict = verdict._replace(action="REJECT")  # better a sender who asks than a thief who is served
+            if verdict.action == "HOLD":
+                verdict = verdict._replace(action="REJECT")  # better a sender who asks than a thief who is served
         is_early = verdict.rule in LASTING[1:] and settings.early_signs == "audit"
-        is_audit = (is_early or settings.mode == "audit") and verdict.rule != "blocked"  # that is a human's word
-        message = settings.hold_message if verdict.action == "HOLD" else settings.reject_message
-        reply("DUNNO" if is_audit else f"{verdict.action} {verdict.reason}" + (f"; {message}" if message else ""))
-        self.figures.note(login, verdict.action, is_audit)
-        word = "DEFERRING" if verdict.action == "HOLD" else "REJECTING"
-        return verdict, f"would {verdict.action}" if is_audit else word
+        is_audit = (is_early or settings.mode == "audit") and verdict.rule != "blocked"
+        self.figures.note(event.sasl_username, verdict.action, is_audit)
+        if verdict.action == "DUNNO":
+            if verdict.said:
+                log.info(verdict.said + who)
+            return "DUNNO"
+        word, text = "REJECTING", settings.reject_message
+        if verdict.action == "HOLD":
+            word, text = "DEFERRING" if usage else "Holding", settings.hold_message
+        queue_id = f", queue_id={request.queue_id}" if request.queue_id else ""  # which held message is it?
+        log.info(f"{f'would {verdict.action}' if is_audit else word} {verdict.said}{who}{queue_id}")
+        if is_audit:
+            return "DUNNO"
+        if usage:
+            self._note_incident(event, verdict, usage, request.queue_id)
+        return f"{verdict.action} {verdict.reason}" + (f"; {text}" if text else "")
 
     def _note_incident(self, event: Event, verdict: Verdict, usage: Usage, queue_id: str) -> None:
-        """Record that a login is stopped, and tell a human, if it is the first time in 24 h."""
-        login, new = event.sasl_username, (event.sasl_username, verdict.incident)
-        of_its_kind = [f"{action} {rule}" for action in ("HOLD", "REJECT") for rule in RULES
-                       if (rule == verdict.rule if verdict.rule in LASTING else action == verdict.action)]  # fmt: skip
-        if any(incident in usage.incidents or (login, incident) in self._on_its_way for incident in of_its_kind):
+        """Record that a login is stopped, and tell a human, if it is the first time in 24 h.
+
+        A lasting rule is told of for itself; of the others, that it is held, and once more that it is refused.  Only
+        threads of the recorder's come here, one at a time.
+        """
+        login = event.sasl_username
+        kind = verdict.rule if verdict.rule in LASTING else verdict.action
+        if (login, kind) in self._on_its_way or any(kind in incident.split() for incident in usage.incidents):
             return
-        self._on_its_way.add(new)
-
-        def on_recorded(recorded: Usage | None) -> None:
-            if recorded is not None:  # one that the store refuses is told of once, not with each message
-                self._on_its_way.discard(new)
-
-        self._recorder.record(Event(login, "", verdict.incident, None), on_recorded)
+        new = {(login, verdict.action), (login, verdict.rule)}
+        self._on_its_way |= new
+        incident = Event(login, "", verdict.incident, None)
+        # One that the store refuses stays on its way: it is told of once, not with each message.
+        self._recorder.record(incident, lambda usage: self._on_its_way.difference_update(new if usage else ()))
         self.tell(event, verdict, usage.recipients, queue_id)
 
     def tell(self, event: Event, verdict: Verdict, recipients: int, queue_id: str = "") -> None:
-        """Tell a human of an incident that begins now."""
+        """Tell a human of an incident that begins now, in the words that on_stop= promises its program (policyd.8)."""
         self._tell({
             "login": event.sasl_username, "rule": verdict.incident, "recipients": recipients,
             "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -2509,68 +2240,65 @@ class Policy:
         })  # fmt: skip
 
 
-def _can_hold(request: PolicyRequest) -> bool:
-    """Tell whether Postfix can hold this message: behind smtpd_proxy_filter, which has no queue id, it cannot."""
-    return request.queue_id != "" or request.protocol_state not in ("END-OF-MESSAGE", "DATA")
+def listening_address(bind: str, port: int) -> tuple[int, Any, str]:
+    """Return family and address for a socket, and what Postfix calls it; raises OSError.
+
+    A name is looked up once, here: the start line, the status and --check show the address that it stood for.  IPv4
+    first: Postfix's line names 127.0.0.1, and a localhost of ::1 alone would be refused in silence.
+    """
+    if bind.startswith("/"):
+        return socket.AF_UNIX, bind, wire_name(bind, port)
+    # As bytes: of what can be no host name the resolver says so; Python's own encoding would raise something else.
+    found = socket.getaddrinfo(bind.encode(), port, type=socket.SOCK_STREAM)
+    family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
+    return family, address, wire_name(str(address[0]), port)
 
 
 class PolicyHandler(socketserver.BaseRequestHandler):
-    """One connection of one smtpd process: requests line by line, any number of them, until it hangs up."""
+    """One connection of one smtpd process: requests line by line, any number of them, until it hangs up.
+
+    Postfix keeps it open for hours, mostly idle, and sleeps a second before it asks again a server that hung up.
+    """
 
     server: PolicyServer
 
     def handle(self) -> None:
-        """Answer requests until the end of the connection, a time-out, or a peer that speaks something else."""
+        """Answer requests until the end of the connection, a time-out, or a peer that speaks something else.
+
+        One too many is closed at once, which Postfix takes for a server that is down; in the queue it would wait.
+        64 descriptors are for database, store and log: without any left, accepting would fail.
+        """
+        policy, connections = self.server.policy, self.server.connections
+        most = min(policy.settings.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64)
         peer = self.client_address[0] if self.client_address else "the Unix socket"
         self._answered = threading.Lock()  # held while an answer is owed
+        connections.add(self.request)
         try:
-            for request in requests(self.request):
+            if len(connections) > most:
+                return log.complain("many", f"{most} connections are open, as many as may be: closing new ones at once")
+            for asked in requests(self.request):
                 self._answered.acquire()  # answers go out in the order of the requests
-                self._asked = time.monotonic()
-                self.server.policy.answer(request, peer, self._reply)
+                policy.answer(asked, peer, functools.partial(self._reply, time.monotonic()))
         except ProtocolError as error:
-            log.complain(f"bad request from {peer}", f"bad request from {peer}: {error}; hung up")
+            log.complain(peer, f"bad request from {peer}: {error}; hung up")
         except OSError:
             pass  # the peer went away
-        self._answered.acquire()
+        finally:
+            self._answered.acquire()  # not before the last answer is out
+            connections.discard(self.request)
 
-    def _reply(self, action: str) -> None:
-        """Send the answer without waiting: whoever does not read his answers is hung up on."""
-        answer = f"action={action}\n\n".encode("ascii")
-        self.server.policy.figures.count(action.partition(" ")[0], time.monotonic() - self._asked)
-        try:
-            # Not send(): it would wait for as long as recv() may.  The descriptor itself does not block.
-            if os.write(self.request.fileno(), answer) < len(answer):
-                raise BlockingIOError
+    def _reply(self, asked: float, action: str) -> None:
+        """Send the answer without waiting: whoever does not read his answers is hung up on.
+
+        The connection's own thread is not woken for that: with 64 of them it would cost a third of the speed.
+        """
+        self.server.policy.figures.count(action.partition(" ")[0], time.monotonic() - asked)
+        try:  # not send(): it would wait for as long as recv() may; so few bytes are taken whole or not at all
+            os.write(self.request.fileno(), f"action={action}\n\n".encode())
         except OSError:
             with contextlib.suppress(OSError):
                 self.request.shutdown(socket.SHUT_RDWR)
         self._answered.release()
-
-
-def _remove_stale_socket(path: str) -> None:
-    """Remove the socket of a daemon that is no more; raises OSError if one listens, or if it is not a socket."""
-    if not os.path.lexists(path):
-        return
-    if not stat.S_ISSOCK(os.stat(path).st_mode):
-        raise FileExistsError(errno.EEXIST, "is there and not a socket")
-    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
-        probe.connect(path)
-        raise OSError(errno.EADDRINUSE, "another daemon listens there")
-    os.unlink(path)
-
-
-def listening_address(bind: str, port: int) -> tuple[int, Any, str]:
-    """Return family and address for a socket, and what Postfix calls it; raises OSError."""
-    if bind.startswith("/"):
-        return socket.AF_UNIX, bind, wire_name(bind, port)
-    try:
-        found = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except UnicodeError as error:
-        raise OSError(errno.EINVAL, "this is no host name") from error
-    # IPv4 first: Postfix's line names 127.0.0.1, and a localhost of ::1 alone would be refused in silence.
-    family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
-    return family, address, wire_name(str(address[0]), port)
 
 
 class PolicyServer(socketserver.ThreadingTCPServer):
@@ -2578,466 +2306,478 @@ class PolicyServer(socketserver.ThreadingTCPServer):
 
     allow_reuse_address = True
     daemon_threads = True  # a hanging client does not keep us from ending
-    block_on_close = False
-    request_queue_size = LISTEN_BACKLOG
-    _socket_file: tuple[int, int] | None = None  # which one is ours
+    request_queue_size = 1024  # socketserver's 5 leaves clients waiting for seconds in a rush
 
     def __init__(self, bind: str, port: int, policy: Policy) -> None:
         """Listen; raises OSError."""
         self.policy = policy
         self.connections: set[socket.socket] = set()
-        self._descriptors = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS)
         self.address_family, address, self.listens_on = listening_address(bind, port)
         if self.address_family == socket.AF_UNIX:
-            _remove_stale_socket(bind)
-        umask = os.umask(0o117)  # a Unix socket is for its owner and group
-        try:
-            super().__init__(address, PolicyHandler)
-        finally:
-            os.umask(umask)
-        self._socket_file = _identity(bind) if bind.startswith("/") else None
+            with socket.socket(socket.AF_UNIX) as probe:  # of a daemon that is no more; all else is in bind()'s way
+                if probe.connect_ex(bind) == errno.ECONNREFUSED and stat.S_ISSOCK(os.stat(bind).st_mode):
+                    os.unlink(bind)
+        super().__init__(address, PolicyHandler)
+        if self.address_family == socket.AF_UNIX:
+            os.chmod(bind, 0o660)  # for its owner and its group, which smtpd is in; until now for nobody but us
+        else:  # Linux hands it on to what is accepted: no answer is kept back in the hope of more
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection, without spinning when that cannot be done."""
+        """Accept a connection, without spinning where there is no descriptor left for it."""
         try:
-            connection, address = super().get_request()
+            return super().get_request()
         except OSError as error:
             log.complain("accept", f"cannot accept a connection: {error}")
             time.sleep(0.1)
             raise
-        if self.address_family != socket.AF_UNIX:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection, address
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Keep count of the connections; one too many is closed at once."""
-        most = min(self.policy.settings.max_connections, self._descriptors)
-        if len(self.connections) >= most:
-            log.complain("crowd", f"{most} connections are open, as many as may be: closing new ones at once")
-            return False
-        self.connections.add(request)
-        return True
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection its thread."""
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError as error:  # no more threads, say because of systemd's TasksMax
-            log.complain("threads", f"cannot serve a connection: {error}")
-            self.shutdown_request(request)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection whose handler has ended, or was never begun."""
-        self.connections.discard(request)
-        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a fault of ours, the last net: this connection gets no answer, the others go on."""
         log.error(f"internal error: {traceback.format_exc()}")
 
-    def server_close(self) -> None:
-        """Stop listening; remove the socket's file, unless it is another daemon's by now."""
-        super().server_close()
-        if self._socket_file and _identity(str(self.server_address)) == self._socket_file:
-            with contextlib.suppress(OSError):
-                os.unlink(str(self.server_address))
-
     def drain(self, deadline: float) -> None:
-        """Stop accepting, answer what has been received, and end by `deadline` (monotonic seconds)."""
+        """Stop accepting, answer what has been received, and end by `deadline` (monotonic seconds).
+
+        What the kernel has of a connection that is shut for reading can still be read, and then comes the end.
+        """
         self.shutdown()
         self.server_close()
         for connection in list(self.connections):
             with contextlib.suppress(OSError):  # gone already
-                connection.shutdown(socket.SHUT_RD)  # its handler reads to the end of what is here
+                connection.shutdown(socket.SHUT_RD)
         while self.connections and time.monotonic() < deadline:
             time.sleep(0.01)
 
 
 # ---- process: arguments, signals, systemd; the only section that wires the others ------------------------------
 
-EXIT_SETTINGS = 78  # EX_CONFIG: systemd does not restart us
-STUCK_S = 10  # an event that waits longer than this stops the watchdog's pings
-DRAIN_S = 3.5  # at the end: for the answers still owed
-FIRST_LOOK_S = 1  # at the start: so long the store is waited for before we are ready
-FIRST_PURGE_S, RETRY_PURGE_S = 60, 3600
-FIGURES_S = 60  # between two versions of policyd.prom
-TELL_EVERY_S = 180  # between two runs of on_stop's program
-TELL_TIMEOUT_S, TELL_AGAIN_S, GIVE_UP_TELLING_S = 60, 60, 3600  # of one run, after one that failed, of all these
-METRICS = {
-    "requests_total": "counter Requests answered.",
-    "audited_total": "counter Messages that an audit has let through.",
-    "logins_held": "gauge Logins that were held or refused when they last sent.",
-    "database_up": "gauge Is the database in use?",
-    "database_down_seconds": "gauge For how long it has been away.",
-    "journal_events": "gauge Events that wait for the database.",
-    "answer_p99_seconds": "gauge 99 % of the last answers were as fast.",
-    "connections": "gauge Open connections.",
-}
-
 
 def sd_notify(*lines: str) -> None:
-    """Tell systemd, if it listens (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
+    """Tell systemd, if it listens (sd_notify(3)); without it there is no such socket, and that is no error."""
+    address = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.connect("\0" + address[1:] if address.startswith("@") else address)
-        systemd.send("\n".join(lines).encode())
+        systemd.sendto("\n".join(lines).encode(), address)
 
 
-def replace_file(path: str, text: str, mode: int) -> None:
-    """Write a file in such a way that nobody ever reads half of it; raises OSError."""
-    new = f"{path}.new"
-    with open(new, "w", encoding="utf-8") as file:
-        os.fchmod(file.fileno(), mode)
-        file.write(text)
-    os.replace(new, path)
+def write_file(path: str, text: str, mode: int) -> None:
+    """Write a file in such a way that nobody ever reads half of it; where that cannot be, complain: mail flows.
 
-
-def _lock_statedir(directory: str) -> None:
-    """Keep a second daemon from this directory, or it would move the same journal; raises OSError if one has it."""
-    pid_file = os.path.join(directory, "policyd.pid")
+    Not fsynced: after a power cut the last version may be missing, and no file written here is worth the wait.
+    """
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)  # stays open, and locked, until we end
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        replace_file(pid_file, f"{os.getpid()}\n", 0o644)
-    except BlockingIOError:
-        pid = "a pid it could not write down"
-        with contextlib.suppress(OSError), open(pid_file, encoding="ascii") as file:
-            pid = f"pid {file.read().strip()}"
-        raise OSError(errno.EBUSY, f"policyd with {pid} keeps its events there") from None
+        with open(f"{path}.new", "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(text)
+        os.replace(f"{path}.new", path)
     except OSError as error:
-        log.warning(f"statedir {directory}: {error.strerror}; in an outage events are counted in memory only")
+        log.complain(path, f"{path} cannot be written: {error.strerror}")
 
 
 class OnStop:
-    """Runs the program of on_stop= when a login is stopped; no request waits for it.
+    """Runs the program of on_stop= when a login is stopped, in a thread of its own: no request waits for it.
 
-    What has not been told stands in a file, too: it is told after a restart, and rather twice than never.
+    What the program has not been told stands in a file, too, from before its first run until it has ended with 0, and
+    is told after a restart: rather twice than never.
     """
 
-    def __init__(self, path: str, settings: Callable[[], Settings], processors: set[int],
-                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+    def __init__(self, path: str, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings = settings  # replaced whole by a reload
+        # Put in by the threads that answer, so that no disk keeps them waiting.
+        self.incidents: queue.SimpleQueue[Mapping[str, object]] = queue.SimpleQueue()
         self._path = path
-        self._settings = settings
-        self._processors = processors
         self._clock = clock
-        self._new: queue.SimpleQueue[str] = queue.SimpleQueue()  # an empty text: look around
-        self._lines: list[str] = []  # that wait
-        self._next_run = self._failing_since = 0.0
-
-    def tell(self, incident: Mapping[str, object]) -> None:
-        """Take an incident: one line of JSON for the program."""
-        self._new.put(json.dumps(incident) + "\n" if incident else "")
-
-    def run(self, closing: threading.Event) -> None:
-        """Tell what there is to tell, until `closing` (and tell({}))."""
-        with contextlib.suppress(OSError), open(self._path, encoding="utf-8") as file:
+        self._lines: list[str] = []  # of JSON, an incident each, that the program is to be told
+        self._next_run = 0.0
+        self._failures = 0  # in a row
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
             self._lines = file.readlines()
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, self._processors)  # of this thread, and of the programs that it starts
-        while not closing.is_set():
-            self.turn(closing)
-            self.gather(max(0.0, self._next_run - self._clock()) if self._lines else None)
-        self.gather(0)
 
-    def turn(self, closing: threading.Event) -> None:
-        """Run the program with what waits: at once, then at most once in three minutes; each minute while it fails."""
-        now = self._clock()
-        self.gather(0)
-        if not self._lines or now < self._next_run:
-            return
-        told = len(self._lines)
-        failure = self._run_program("".join(self._lines), closing)
-        self._next_run = now + (TELL_AGAIN_S if failure else TELL_EVERY_S)
-        self._failing_since = (self._failing_since or now) if failure else 0.0
-        if failure and now - self._failing_since >= GIVE_UP_TELLING_S:
-            log.error(f"gave up telling of {told} incidents: {failure}")
-            failure = ""
-        if not failure:
-            self._keep(self._lines[told:])
+    def keep(self) -> None:
+        """Let what has come wait, also in the file; where that cannot be written it is told all the same."""
+        new = [json.dumps(self.incidents.get()) + "\n" for _ in range(self.incidents.qsize())]
+        if new and self.settings.on_stop:
+            self._lines += new
+            write_file(self._path, "".join(self._lines), 0o600)
 
-    def gather(self, patience_s: float | None = 0) -> None:
-        """Take what there is to tell, and keep it in the file."""
-        new = []
-        with contextlib.suppress(queue.Empty):
-            new.append(self._new.get(timeout=patience_s))
-            while True:
-                new.append(self._new.get_nowait())
-        if any(new) and self._settings().on_stop:
-            self._keep(self._lines + [line for line in new if line])
+    def turn(self) -> float:
+        """Run the program if something waits and it is time; return the seconds until the next turn."""
+        self.keep()
+        words, now = self.settings.on_stop, self._clock()
+        if self._lines and now >= self._next_run:
+            failure = self._run_program(words) if words else ""  # a reload may have switched it off
+            # Not sooner: a thief with a hundred accounts is not a hundred mails.
+            self._next_run = now + (1 if failure else 3) * MINUTE_S
+            if failure and self._failures < 60:
+                self._failures += 1
+                log.complain("on_stop", f"on_stop={shlex.join(words)}: {failure}; trying again each minute for an hour")
+            else:
+                if failure:
+                    log.error(f"gave up telling of {len(self._lines)} incidents: {failure}")
+                self._failures, self._lines = 0, []
+                with contextlib.suppress(OSError):  # it could not be written, then
+                    os.unlink(self._path)
+        return 0.2  # until somebody new is looked for: a human is slower
 
-    def _keep(self, lines: list[str]) -> None:
-        self._lines = lines
-        try:
-            replace_file(self._path, "".join(lines), 0o600)
-            if not lines:
-                os.unlink(self._path)
+    def _run_program(self, words: Sequence[str]) -> str:
+        """Run the program with what waits as its standard input; return why that failed, or an empty text."""
+        with contextlib.suppress(OSError):  # of this thread, and so of the program: our others stay on one processor
+            os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        try:  # in a session of its own, to be killed with all that it has started
+            with subprocess.Popen(words, stdin=subprocess.PIPE, encoding="utf-8", start_new_session=True) as program:
+                try:
+                    program.communicate("".join(self._lines), MINUTE_S)
+                except subprocess.TimeoutExpired:
+                    os.killpg(program.pid, signal.SIGKILL)
+                    return f"not done after {MINUTE_S} s"
         except OSError as error:
-            log.complain("incidents.json", f"after a restart incidents may be told not at all, or twice: {error}")
-
-    def _run_program(self, text: str, closing: threading.Event) -> str:
-        """Run on_stop= with `text` as its standard input; return why that failed, or an empty text."""
-        words = self._settings().on_stop
-        if not words:
-            return ""  # a reload has switched it off
-        environment = {name: os.environ[name] for name in os.environ if name not in ("NOTIFY_SOCKET", "WATCHDOG_USEC")}
-        try:
-            with os.fdopen(os.memfd_create("incidents"), "w+") as file:
-                file.write(text)
-                file.seek(0)
-                # Our signals are blocked, which the program must not inherit.
-                pid = os.posix_spawnp(words[0], list(words), environment, setpgroup=0, setsigmask=(),
-                                      setsigdef=(signal.SIGPIPE,),
-                                      file_actions=[(os.POSIX_SPAWN_DUP2, file.fileno(), 0)])  # fmt: skip
-            failure = self._wait_for(pid, closing)
-        except OSError as error:
-            failure = str(error.strerror)
-        if failure:
-            log.complain("on_stop", f"on_stop={shlex.join(words)}: {failure}; trying again each minute for an hour")
-        return failure
-
-    @staticmethod
-    def _wait_for(pid: int, closing: threading.Event) -> str:
-        deadline = time.monotonic() + TELL_TIMEOUT_S
-        ended = status = 0
-        while not ended and time.monotonic() < deadline and not closing.wait(0.05):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return f"status {os.waitstatus_to_exitcode(status)}" if status else ""
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        return f"not done after {TELL_TIMEOUT_S} s"
+            return str(error.strerror)
+        return f"status {program.returncode}" if program.returncode else ""
 
 
+@dataclasses.dataclass
 class Housekeeper:
-    """Sweeps once a minute, and purges soon after the start and then every day; in a thread of its own."""
+    """Sweeps and purges, each in a thread of its own: a purge takes as long as it takes, and no sweep waits for it.
 
-    def __init__(self, repository: Repository, watch: Watch, policy: Policy, is_up: Callable[[], bool],
-                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
-        self._repository = repository
-        self._watch = watch
-        self._policy = policy
-        self._is_up = is_up
-        self._clock = clock
-        self._next_purge = self._clock() + FIRST_PURGE_S
-        self._next_sweep = self._clock()
-        self._swept: float | None = None  # when the last good sweep began; None: all logins are to be swept
-        self._audited: dict[str, float] = {}  # who would have been held, and when that was said
-        self._complaint = ""  # of the last sweep
+    Both have connections of their own as well: requests never wait for theirs.
+    """
 
-    def run(self, closing: threading.Event) -> None:
-        """Do what is due until `closing`."""
-        while not closing.wait(max(0.0, min(self._next_sweep, self._next_purge) - self._clock())):
-            self.sweep_if_due(self._clock())
-            if self._clock() >= self._next_purge:
-                self._purge(self._policy.settings.keep_days)
+    repository: Repository
+    recorder: Recorder
+    policy: Policy
+    clock: Callable[[], float] = time.monotonic
+    since: float = -DAY_S  # who has sent since then is to be swept; at first all logins
+    audited: dict[str, float] = dataclasses.field(default_factory=dict)  # who would have been held, when it was said
+    is_failing: bool = False  # the sweep; it is said once
 
-    def _purge(self, keep_days: int) -> None:
-        deleted = 0
+    def purge(self) -> float:
+        """Delete the oldest events, slice by slice; return the seconds until the next purge.
+
+        Without the right to DELETE policyd counts all the same, and warns each hour.
+        """
+        keep_days = self.policy.settings.keep_days
         try:
-            for of_slice in self._repository.purge(keep_days):
-                deleted += of_slice
-                self.sweep_if_due(self._clock())
+            deleted = sum(self.repository.purge(keep_days))
         except RepositoryUnavailable as error:
-            self._next_purge = self._clock() + RETRY_PURGE_S
             log.warning(f"old events stay for now: {error}")
-        else:
-            self._next_purge = self._clock() + DAY_S
-            log.info(f"purged {deleted} events older than {keep_days} days")
+            return HOUR_S
+        log.info(f"purged {deleted} events older than {keep_days} days")
+        return DAY_S
 
-    def sweep_if_due(self, now: float) -> None:
-        """Sweep: at the start and after an outage all logins, else those that have sent since the last good sweep."""
-        if now < self._next_sweep:
-            return
-        # Relays that were started together shall not sweep together.
-        self._next_sweep = now + (random.uniform(0, MINUTE_S) if self._swept is None else MINUTE_S)
-        settings = self._policy.settings
-        if settings.early_signs == "no" or not self._is_up():
-            self._swept = None
-            return
-        lately_s = DAY_S if self._swept is None else now - self._swept + MINUTE_S
+    def sweep(self) -> float:
+        """Sweep: at the start and after an outage all logins, else those that have sent since the last good sweep.
+
+        Return the seconds until the next one.  In an outage, and until the journal is in the store, the past is not at
+        hand.
+        """
+        settings, now = self.policy.settings, self.clock()
+        is_up = self.recorder.down_s() is None and self.recorder.journal.is_empty()
+        if settings.early_signs == "no" or not is_up:
+            self.since = -DAY_S
+            return MINUTE_S
         try:
-            if not self._repository.has_index():
+            if not self.repository.has_index:
                 raise RepositoryUnavailable("they need the index on (sasl_username, ts); run policyd --init-db")
-            for login, verdict, recipients in self._watch.sweep(settings, lately_s):
-                self._found(login, verdict, recipients, "audit" in (settings.mode, settings.early_signs))
-            self._swept, self._complaint = now, ""
+            for login, verdict, recipients in self.recorder.watch.sweep(settings, min(DAY_S, now - self.since)):
+                if "audit" not in (settings.mode, settings.early_signs):
+                    log.info(f"Held by the sweep: {login}, {verdict.said}")
+                    self.policy.tell(Event(login, "", "", None), verdict, recipients)
+                elif now - self.audited.get(login, -DAY_S) >= DAY_S:  # no incident is recorded: it is found each time
+                    self.audited[login] = now
+                    log.info(f"would HOLD {verdict.said} for user {login}, found by the sweep")
+            self.is_failing = False
+            self.since = now - MINUTE_S  # an event's time is a little earlier than its commit
         except RepositoryUnavailable as error:
-            if not self._complaint:
+            if not self.is_failing:
                 log.warning(f"no sweep for early signs, trying each minute: {error}")
-            self._complaint = str(error)
-
-    def _found(self, login: str, verdict: Verdict, recipients: int, is_audit: bool) -> None:
-        if not is_audit:
-            log.info(f"Held by the sweep: {login}, {verdict.said}")
-            return self._policy.tell(Event(login, "", "", None), verdict, recipients)
-        now = self._clock()
-        self._audited = {known: when for known, when in self._audited.items() if now - when < DAY_S}
-        if self._audited.setdefault(login, now) == now:
-            log.info(f"would HOLD {verdict.said} for user {login}, found by the sweep")
+            self.is_failing = True
+        # Relays that were started together shall not sweep together: two would find the same thief, and tell twice.
+        return random.uniform(0.9, 1.1) * MINUTE_S
 
 
 class Daemon:
-    """The parts put together, and the main thread's loop over signals."""
+    """The parts put together, and the main thread's loop over signals.
 
-    SIGNALS = frozenset((signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+    What may hang for long (the disk of statedir, a database, a program) does so in a thread of its own, never in the
+    main one: that feeds the watchdog, and to be started anew would mend none of these, but lose the last known sums.
+    """
 
-    def __init__(self, settings: Settings, settings_file: str, processors: set[int]) -> None:
-        """Listen; raises OSError."""
-        self._settings_file = settings_file
-        self._started_with = settings
-        _lock_statedir(os.path.dirname(settings.state_file("")))
-        self._repository = open_repository(settings)
-        watch = Watch(self._repository)
-        self._recorder = Recorder(self._repository, Journal(settings.state_file("journal.sqlite3")), settings, watch)
-        self._on_stop = OnStop(settings.state_file("incidents.json"), lambda: self._policy.settings, processors)
+    def __init__(self, settings: Settings) -> None:
+        """Listen, but start nothing yet; raises OSError, and SystemExit where another daemon has our statedir.
+
+        Both would move the same journal.  One that cannot be used at all is no reason to leave mail uncounted.
+        """
+        pid_file, pid = settings.state_file("policyd.pid"), "unknown"
+        with contextlib.suppress(OSError), open(pid_file, encoding="utf-8", errors="replace") as file:
+            pid = file.read().strip()
+        try:  # of the directory, since a file may be removed; it stays open, and the lock ours, until we end or crash
+            fcntl.flock(os.open(os.path.dirname(pid_file), os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write_file(pid_file, f"{os.getpid()}\n", 0o644)
+        except BlockingIOError:
+            sys.exit(f"policyd: cannot use its statedir: policyd with pid {pid} keeps its events there")
+        except OSError as error:
+            log.warning(f"statedir: {error}; in an outage events are counted in memory only")
         with contextlib.suppress(OSError):
             os.unlink(settings.state_file("notified.json"))  # of 0.1
-        self._policy = Policy(settings, self._recorder, self._on_stop.tell)
-        self._server = PolicyServer(settings.bind, settings.port, self._policy)
-        self.listens_on = self._server.listens_on
+        # One that comes while another is acted upon waits for its turn, and interrupts nothing.  None is blocked: what
+        # on_stop= runs would inherit that.  (A handler may put into this kind of queue at any moment.)
+        self.signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.actions: dict[int, Callable[[], None]] = {
+            # Of a terminal it means that somebody who tried policyd out has left.
+            signal.SIGHUP: self.stop if os.isatty(0) else self.reload,
+            signal.SIGTERM: self.stop,
+            signal.SIGINT: self.stop,
+            signal.SIGUSR1: lambda: log.info(self.status()),
+        }
+        self._started_with = settings  # bind, port, store and statedir stay these, whatever a reload brings
         self._closing = threading.Event()
-        housekeeper = Housekeeper(self._repository, watch, self._policy, self._has_all_events)
-        accept = functools.partial(self._server.serve_forever, 0.1)
-        sweep, tell = (functools.partial(part.run, self._closing) for part in (housekeeper, self._on_stop))
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (accept, self.publish, sweep, tell)]
+        self._repository = open_repository(settings)
+        journal = Journal(SQLiteRepository(settings.state_file("journal.sqlite3")))
+        self._recorder = Recorder(self._repository, journal, settings)
+        self._on_stop = OnStop(settings.state_file("incidents.json"), settings)
+        self._policy = Policy(settings, self._recorder, self._on_stop.incidents.put)
+        self.server = PolicyServer(settings.bind, settings.port, self._policy)
+        housekeeper = Housekeeper(self._repository, self._recorder, self._policy)
+        # The purge a minute later: the store has been found by then, and the mail that had waited is through.
+        works = [(self.publish, 0), (self._on_stop.turn, 0), (housekeeper.sweep, 0), (housekeeper.purge, MINUTE_S)]
+        self._threads = [threading.Thread(target=self._repeat, args=work, daemon=True) for work in works]
+        self._threads.append(threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True))
+
+    def _repeat(self, work: Callable[[], float], pause_s: float) -> None:
+        """Do `work` until we end, each time after the seconds that it has asked for.
+
+        What it raises is a fault of ours: this thread ends, and the watchdog has us started anew.
+        """
+        while not self._closing.wait(pause_s):
+            pause_s = work()
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; call with SIGNALS blocked."""
+        """Serve, and do what `signals` ask for, until we end.
+
+        What systemd hears each time ends its waiting for the start or a reload, too.
+        """
         self._recorder.start()
-        self._recorder.looked.wait(FIRST_LOOK_S)  # the first status shall be true
+        self._recorder.looked.wait(BATCH_DEADLINE_S)  # the first status shall be true, and the first mail not journaled
         for thread in self._threads:
             thread.start()
-        sd_notify("READY=1", f"STATUS={self.status()}")
         pause = min(10.0, int(os.environ.get("WATCHDOG_USEC") or 20_000_000) / 2e6)  # half of what systemd allows
-        while True:
-            received = signal.sigtimedwait(self.SIGNALS, pause)
-            number = received.si_signo if received else None
-            if number in (signal.SIGTERM, signal.SIGINT) or (number == signal.SIGHUP and os.isatty(0)):
-                return self.stop()
-            if number == signal.SIGHUP:
-                self.reload()
-            if number == signal.SIGUSR1:
-                log.info(self.status())
+        while not self._closing.is_set():
             log.tick(time.monotonic())
             if self.is_well():
-                sd_notify("WATCHDOG=1", f"STATUS={self.status()}")
-
-    def _has_all_events(self) -> bool:
-        """Tell whether the store is there, and the journal has none of its events any more."""
-        return self._recorder.down_s() is None and self._recorder.journal.is_empty()
+                sd_notify("READY=1", "WATCHDOG=1", f"STATUS={self.status()}")
+            with contextlib.suppress(queue.Empty):
+                self.actions[self.signals.get(timeout=pause)]()
 
     def is_well(self) -> bool:
-        """Tell whether no event waits for too long and no thread of ours has died: else only a restart helps."""
-        threads = [*self._recorder.threads, *self._threads, log.thread]
-        return self._recorder.longest_wait_s() < STUCK_S and all(thread.is_alive() for thread in threads)
+        """Tell whether no event waits for too long and no thread of ours has died: else only a restart helps.
 
-    def figures(self) -> dict[str, Any]:
-        """Return the figures of the moment, of which METRICS says what they are."""
+        Postfix gives up on an answer after 10 s.  Handlers of single connections come and go.
+        """
+        threads = [*self._recorder.threads, *self._threads, log.thread]
+        return self._recorder.longest_wait_s() < 10 and all(thread.is_alive() for thread in threads)
+
+    def figures(self) -> list[tuple[str, str, str, Any]]:
+        """Return the figures of the moment: name, kind, what it is, and the value, for some one of each answer.
+
+        An interface: policyd.8, the dashboard in scripts/ and the alerts of a site have these names.
+        """
         figures, down_s = self._policy.figures, self._recorder.down_s()
-        waiting, connections = self._recorder.journal.waiting, len(self._server.connections)
-        values = (dict(figures.answered), dict(figures.spared), figures.logins_held(), int(down_s is None),
-                  round(down_s or 0), waiting, figures.p99_s(), connections)  # fmt: skip
-        return dict(zip(METRICS, values))
+        return [
+            ("requests_total", "counter", "Requests answered.", dict(figures.answered)),
+            ("audited_total", "counter", "Messages that an audit has let through.", dict(figures.spared)),
+            ("logins_held", "gauge", "Logins that were held or refused when they last sent.", figures.logins_held()),
+            ("database_up", "gauge", "Is the database in use?", int(down_s is None)),
+            ("database_down_seconds", "gauge", "For how long it has been away.", round(down_s or 0)),
+            ("journal_events", "gauge", "Events that wait for the database.", self._recorder.journal.waiting),
+            ("answer_p99_seconds", "gauge", "99 % of the last answers were as fast.", figures.p99_s()),
+            ("connections", "gauge", "Open connections.", len(self.server.connections)),
+        ]
 
     def status(self) -> str:
         """Return them on one line."""
-        answered, spared, held, is_up, down_s, waiting, p99_s, connections = self.figures().values()
+        answered, spared, held, is_up, down_s, waiting, p99_s, connections = (value for *_, value in self.figures())
         audit = f" (audit: {spared['HOLD']} would HOLD, {spared['REJECT']} would REJECT)" * any(spared.values())
         database = "up" if is_up else f"down since {local_time(time.time() - down_s)}"
-        trouble = ", which CANNOT BE USED" if self._recorder.journal.place == "memory" else ""
+        trouble = ", which CANNOT BE USED" * bool(self._recorder.journal.trouble)
         return (
             f"{sum(answered.values())} requests: {answered['DUNNO']} DUNNO, {answered['HOLD']} HOLD,"
             f" {answered['REJECT']} REJECT{audit}; {held} logins held; {connections} connections;"
             f" p99 {p99_s * 1000:.1f} ms; database {database}, {waiting} events in the journal{trouble};"
-            f" on {self.listens_on}"
+            f" on {self.server.listens_on}"
         )
 
-    def metrics(self) -> str:
-        """Return them in Prometheus' text format."""
+    def publish(self) -> float:
+        """Write them to a file in Prometheus' text format 0.0.4; return the seconds to the next one."""
         lines = []
-        for name, value in self.figures().items():
-            kind, _, about = METRICS[name].partition(" ")
+        for name, kind, about, value in self.figures():
             lines += [f"# HELP policyd_{name} {about}", f"# TYPE policyd_{name} {kind}"]
             values = {f'{{answer="{key}"}}': value[key] for key in value} if isinstance(value, dict) else {"": value}
             lines += [f"policyd_{name}{label} {number}" for label, number in values.items()]
-        return "\n".join([*lines, ""])
-
-    def publish(self) -> None:
-        """Once a minute, write the figures to a file, for node_exporter's textfile collector."""
-        complaint = ""
-        while not complaint or not self._closing.is_set():
-            try:
-                replace_file(self._started_with.state_file("policyd.prom"), self.metrics(), 0o644)
-                complaint = ""
-            except OSError as error:
-                if complaint != str(error):
-                    log.warning(f"no file of figures: {error}")
-                complaint = str(error)
-            if self._closing.wait(FIGURES_S):
-                return
+        write_file(self._started_with.state_file("policyd.prom"), "\n".join([*lines, ""]), 0o644)
+        return MINUTE_S
 
     def reload(self) -> None:
-        """Read the settings again, whole or not at all."""
+        """Read the settings again, whole or not at all.
+
+        A file that is gone is a mistake, too: the defaults would lift the limits of a site in silence.  When it is over
+        run() tells systemd, as sd_notify(3) asks for Type=notify.
+        """
         sd_notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
-            new = _read_settings(self._settings_file, is_needed=bool(self._policy.settings.path))
+            new = Settings.from_file(self._started_with.path or SETTINGS_FILE)
         except SettingsError as error:
-            log.error(f"{error}; going on with the old settings")
-        else:
-            changed = new.differences(self._started_with)
-            if changed:
-                log.warning(f"settings changed that need a restart: {', '.join(changed)}")
-            for line in new.gone:
-                log.error(line)
-            self._recorder.settings = new  # first: a higher quota needs to know more
-            self._policy.settings = new
-            log.info(f"settings read again: {new.path or 'none, defaults'}")
-        sd_notify("READY=1", f"STATUS={self.status()}")
+            return log.error(f"{error}; going on with the old settings")
+        needs_restart = [field.name for field in dataclasses.fields(new) if field.metadata.get("restart")]
+        if changed := [name for name in needs_restart if getattr(new, name) != getattr(self._started_with, name)]:
+            log.warning(f"settings changed that need a restart: {', '.join(changed)}")
+        for line in new.gone:
+            log.error(line)
+        # The recorder's first: sums are bounded by what decides, and a higher quota needs to know more.
+        self._recorder.settings = new
+        self._policy.settings = self._on_stop.settings = new
+        log.info(f"settings read again: {new.path}")
 
     def stop(self) -> None:
-        """Answer what is in flight and write what is recorded, in 5 seconds at most."""
+        """Answer what is in flight and write what is recorded, in 5 seconds at most.
+
+        In this order: while connections are drained their messages must still be counted, and the last of these may
+        be an incident.
+        """
         sd_notify("STOPPING=1")
-        deadline = time.monotonic() + DRAIN_S
+        deadline = time.monotonic() + 3.5  # for the answers still owed: systemd kills after 10 s (unit.service)
         self._closing.set()
-        self._on_stop.tell({})
-        self._server.drain(deadline)
-        status = self.status()
+        self.server.drain(deadline)
+        log.info(f"policyd ends; {self.status()}")
         self._recorder.stop(max(0.1, deadline - time.monotonic()))
         for thread in self._threads:
             thread.join(max(0.1, deadline - time.monotonic()))
-        self._on_stop.gather()  # of what the recorder has just recorded, which nobody else will be told of again
+        self._on_stop.keep()  # what the recorder has just recorded, which nobody else will be told of again
         self._repository.close()
-        log.info(f"policyd ends; {status}")
 
 
-def _read_settings(path: str, is_needed: bool) -> Settings:
-    """Return the settings of a file, or the defaults if there is none and it need not be; raises SettingsError."""
-    return Settings.from_file(path) if is_needed or os.path.lexists(path) else Settings()
+def _answers_at(settings: Settings) -> str:
+    """Return where a policyd answers, or an empty text; a request without a login counts nothing."""
+    family, address, listens_on = listening_address(settings.bind, settings.port)
+    with contextlib.suppress(OSError), socket.socket(family) as connection:
+        connection.settimeout(CONNECT_TIMEOUT_S)
+        connection.connect(address)
+        connection.sendall(b"request=smtpd_access_policy\n\n")
+        return listens_on if connection.recv(64) == b"action=DUNNO\n\n" else ""
+    return ""
 
 
-def version() -> str:
-    """Return what this is, with the commit if it is a checkout that git knows."""
-    here = os.path.dirname(os.path.realpath(__file__))
-    commit = ""
-    if os.path.exists(os.path.join(here, ".git")):
-        import subprocess  # here: an installed policyd needs it never
+def check(settings: Settings) -> Iterator[str]:
+    """Try all that policyd needs: print what is found, and yield what is missing, a line each.
 
-        with contextlib.suppress(OSError):
-            command = ["git", "-C", here, "rev-parse", "--short=7", "HEAD"]
-            commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return f"{__version__}+{commit}" if commit else __version__
+    What is missing would make the daemon end, be restarted for ever, or count in memory only.  The store is the last;
+    raises RepositoryUnavailable.
+    """
+    repository, journal = open_repository(settings), settings.state_file("journal.sqlite3")
+    policy = Policy(settings, Recorder(repository, Journal(SQLiteRepository(journal)), settings), print)
+    reason = "requests are not understood"  # by our own code: the sockets of this system may be unlike those of others
+    try:
+        with PolicyServer(settings.bind, settings.port, policy) as server:
+            threading.Thread(target=server.handle_request, daemon=True).start()
+            address = _answers_at(settings)
+    except OSError as error:  # only where the address is ours: bind= may be a copy of another relay's
+        reason = error.strerror or str(error)
+        address = _answers_at(settings) if error.errno == errno.EADDRINUSE else ""
+    if address:
+        print(f"a request on {address} is answered")
+    else:
+        yield f"cannot listen on {wire_name(settings.bind, settings.port)}: {reason}"
+    if settings.port < 1024 and not settings.bind.startswith("/"):
+        yield f"port={settings.port}: under unit.service policyd may not listen below 1024"
+    for path in (settings.state_file(""), *[journal] * os.path.exists(journal)):
+        if not os.access(path, os.R_OK | os.W_OK):
+            yield f"statedir: {path} is not there, or not policyd's to write: an outage would be counted in memory only"
+    if settings.on_stop and not shutil.which(settings.on_stop[0]):
+        yield f"on_stop={shlex.join(settings.on_stop)}: {settings.on_stop[0]} cannot be run"
+    if settings.early_signs != "no" and not settings.trusted_network.lines:
+        print("warning: early_signs is on and trusted_network= is empty: your own webmail and campus are places, too")
+    repository.resolve()
+    print(f"events can be counted: {repository.check(time.monotonic() + BATCH_DEADLINE_S)}")
+    yield from repository.problems(time.monotonic() + BATCH_DEADLINE_S)
+    if settings.early_signs != "no" and not repository.has_index:
+        yield "early_signs needs the index on (sasl_username, ts): run policyd --init-db"
+
+
+def init_database(settings: Settings, is_from_embedded: bool) -> Iterator[str]:
+    """Create or upgrade the table, and move there what the embedded store has, if asked; yield what goes wrong.
+
+    Moved as after an outage, slice by slice, with the original times: what is moved is deleted, so that a second run
+    doubles nothing.  Raises RepositoryUnavailable.
+    """
+    if is_from_embedded and not settings.dbname:
+        yield "--from-embedded needs the db... settings: where to?"
+        return
+    repository = open_repository(settings)
+    repository.resolve()
+    print(repository.init())
+    if is_from_embedded:
+        embedded, moved = Journal(SQLiteRepository(settings.state_file("events.sqlite3"))), 0
+        embedded.look()
+        while rows := embedded.replay(repository, time.monotonic() + DAY_S):
+            moved += len(rows)
+        print(f"moved {moved} events of the embedded store")
+        if not embedded.is_empty():
+            yield f"{embedded.trouble}: what stays there would be moved again"
+
+
+def _fail(message: str, status: int = 1) -> int:
+    """Say on stderr what is wrong, on one line whatever a settings file holds; return the exit status."""
+    print(f"policyd: {printable(message)}", file=sys.stderr)
+    return status
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with mistakes on one line."""
+    """argparse, with mistakes on one line, and our status instead of its 2, which no manual of ours has."""
 
     def error(self, message: str) -> NoReturn:
         """End with one line."""
         self.exit(1, f"policyd: {message}; see policyd --help\n")
 
 
-def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+def _carry_out(options: argparse.Namespace) -> int:
+    """Do what the command line asks for; return the exit status.
+
+    Raises SettingsError, RepositoryUnavailable and ImportError: what may be missing before there is a log.
+    """
+    is_given = options.config or os.path.lexists(SETTINGS_FILE)
+    settings = Settings.from_file(options.config or SETTINGS_FILE) if is_given else Settings()
+    where = wire_name(settings.bind, settings.port)
+    file = settings.path or f"none, defaults (yours would go into {SETTINGS_FILE})"
+    about = f"quota {settings.defaultquota}{' (audit)' if settings.mode == 'audit' else ''}, settings: {file}"
+    for line in settings.gone:  # an upgrade by night: to whoever looks on, and for the log, should we serve
+        _fail(line)
+        log.error(line)
+    if options.check or options.check_settings:
+        print(f"no mistake in the settings: {where}, {about}")
+        return max(map(_fail, check(settings)), default=0) if options.check else 0
+    if options.init_db or options.from_embedded:
+        return max(map(_fail, init_database(settings, options.from_embedded)), default=0)
+    try:
+        daemon = Daemon(settings)
+    except OSError as error:
+        return _fail(f"cannot listen on {where}: {error.strerror or error}")
+    for number in daemon.actions:
+        signal.signal(number, lambda number, _: daemon.signals.put(number))
+    # All threads to come.  On one processor a busy daemon answers twice as much: Python runs one thread at a time, and
+    # with two processors each hand-over moves to the other one's cold caches.
+    with contextlib.suppress(OSError):  # forbidden: slower, no worse
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    threading.excepthook = lambda fault: log.error("internal error: " + "".join(traceback.format_exception(*fault[:3])))
+    log.start(options.stderr)
+    log.info(f"policyd {__version__} on {daemon.server.listens_on}, {about}, {open_repository(settings)}")
+    if settings.dbpass and os.stat(settings.path).st_mode & stat.S_IROTH:
+        log.warning(f"everybody can read the password in {settings.path}; try: chmod 0640 {settings.path}")
+    daemon.run()
+    log.stop()
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run policyd; return its exit status."""
     parser = ArgumentParser(prog="policyd", description="Postfix policy daemon: recipient quotas for SASL users")
     parser.add_argument("-c", "--config", metavar="FILE", help=f"settings (default: {SETTINGS_FILE}, if there)")
     parser.add_argument("--stderr", action="store_true", help="log to stderr instead of syslog")
@@ -3048,168 +2788,28 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     instead.add_argument("--check-settings", action="store_true", help="read the settings, and do nothing else")
     instead.add_argument("--init-db", action="store_true", help="create the table, or upgrade an old one")
     options = parser.parse_args(arguments)
-    if options.from_embedded and not options.init_db:
-        parser.error("--from-embedded goes with --init-db")
-    return options
-
-
-def _become_policyd() -> None:
-    """If root asks, go on as the daemon's user, where there is one: what root may do says nothing."""
-    with contextlib.suppress(KeyError):
-        if os.geteuid() == 0:
+    if options.version:  # with the commit, where git knows it: two checkouts may be far apart
+        here = shlex.quote(os.path.dirname(os.path.realpath(__file__)))
+        with os.popen(f"git --git-dir {here}/.git rev-parse --short=7 HEAD 2>/dev/null") as git:
+            print("+".join([f"policyd {__version__}", *git.read().split()]))
+        return 0
+    os.umask(0o077)  # who sent what is nobody else's business; what is for others gets its mode when it is written
+    if os.geteuid() == 0 and (options.check or options.init_db or options.from_embedded):
+        # What root may do says nothing of the daemon's user; what root makes would be out of its reach; and a database
+        # that knows it by its Unix socket would refuse root.
+        with contextlib.suppress(KeyError):
             user = pwd.getpwnam("policyd")
             os.initgroups(user.pw_name, user.pw_gid)
             os.setgid(user.pw_gid)
             os.setuid(user.pw_uid)
-
-
-def _ask_over_the_wire(connection: socket.socket, address: Any = None) -> bool:
-    """Tell whether policyd answers on this connection (to `address`); a request without a login counts nothing."""
-    connection.settimeout(CONNECT_TIMEOUT_S)
-    with contextlib.suppress(OSError), connection:
-        if address:
-            connection.connect(address)
-        connection.sendall(b"request=smtpd_access_policy\n\n")
-        return connection.recv(64) == b"action=DUNNO\n\n"
-    return False
-
-
-def _check_listening(settings: Settings) -> str:
-    """Return what keeps policyd from listening and understanding, or an empty text; it may listen already."""
-    policy = Policy(settings, Recorder(open_repository(settings), Journal(os.devnull), settings), lambda incident: None)
     try:
-        family, address, name = listening_address(settings.bind, settings.port)
-        print(f"listening on {name}")
-        PolicyServer(settings.bind, settings.port, policy).server_close()
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE and _ask_over_the_wire(socket.socket(family), address):
-            print(f"a request on {name} is answered")
-            return ""
-        return f"cannot listen on {wire_name(settings.bind, settings.port)}: {error.strerror or error}"
-    ours, theirs = socket.socketpair()
-    server: Any = types.SimpleNamespace(policy=policy)
-    threading.Thread(target=PolicyHandler, args=(theirs, "", server), daemon=True).start()
-    return "" if _ask_over_the_wire(ours) else "requests are not understood: the sockets of this system differ"
-
-
-def check(settings: Settings) -> list[str]:
-    """Return all that is missing, a line each; print what was found."""
-    problems = [_check_listening(settings)]
-    statedir = os.path.dirname(settings.state_file(""))
-    if not os.access(statedir, os.W_OK | os.X_OK):
-        is_there = "cannot be written" if os.path.isdir(statedir) else "is not there"
-        problems.append(f"statedir {statedir} {is_there}: in an outage events would be counted in memory only")
-    journal = settings.state_file("journal.sqlite3")
-    if os.path.exists(journal) and not os.access(journal, os.R_OK | os.W_OK):
-        problems.append(f"{journal} cannot be read and written: try chown policyd: {journal}")
-    if settings.port < 1024 and not settings.bind.startswith("/"):
-        problems.append(f"port={settings.port}: under unit.service policyd may not listen below 1024")
-    if settings.on_stop and not shutil.which(settings.on_stop[0]):
-        problems.append(f"on_stop={shlex.join(settings.on_stop)}: {settings.on_stop[0]} cannot be run")
-    if settings.early_signs != "no" and not settings.trusted_network.lines:
-        print("warning: early_signs is on and trusted_network= is empty: your own webmail and campus are places, too")
-    repository = open_repository(settings)
-    try:
-        repository.resolve()
-        print(f"events can be counted: {repository.check(time.monotonic() + BATCH_DEADLINE_S)}")
-        problems += repository.problems(time.monotonic() + BATCH_DEADLINE_S)
-        if settings.early_signs != "no" and not repository.has_index():
-            problems.append("early_signs needs the index on (sasl_username, ts): run policyd --init-db")
-    except RepositoryUnavailable as error:
-        problems.append(f"events cannot be counted: {error}")
-    return [problem for problem in problems if problem]
-
-
-def _init_database(settings: Settings, is_from_embedded: bool) -> int:
-    """Create or upgrade the table, and move there what the embedded store has, if asked; return the exit status."""
-    if is_from_embedded and not settings.dbhost:
-        return _fail("--from-embedded needs the db... settings: where to?")
-    repository = open_repository(settings)
-    repository.resolve()
-    print(repository.init())
-    if is_from_embedded:
-        embedded = Journal(settings.state_file("events.sqlite3"))
-        embedded.look()
-        moved = 0
-        while embedded.can_move():
-            moved += len(embedded.replay(repository, time.monotonic() + DAY_S))
-        print(f"moved {moved} events of the embedded store")
-        if not embedded.is_empty():
-            return _fail(f"{embedded.trouble}: what stays there would be moved again")
-    return 0
-
-
-def _fail(message: str, status: int = 1) -> int:
-    """Say on stderr why we end; return the exit status."""
-    print(f"policyd: {printable(message)}", file=sys.stderr)
-    return status
-
-
-def _do_instead(options: argparse.Namespace, settings: Settings, about: str) -> int:
-    """Do what the command line asks for instead of serving; return the exit status."""
-    for line in settings.gone:
-        _fail(line)
-    if options.check_settings:
-        print(f"no mistake in the settings: {about}")
-        return 0
-    if options.init_db:
-        return _init_database(settings, options.from_embedded)
-    print(f"{about}, {open_repository(settings)}")
-    return max([_fail(problem) for problem in check(settings)], default=0)
-
-
-def _serve(daemon: Daemon, settings: Settings, settings_file: str, about: str) -> None:
-    """Say what is to be said at the start, and serve to the end."""
-    threading.excepthook = lambda fault: log.error("internal error: " + "".join(traceback.format_exception(*fault[:3])))
-    log.info(about)
-    for line in settings.gone:
-        log.error(line)
-    if settings.dbpass and os.stat(settings_file).st_mode & stat.S_IROTH:
-        log.warning(f"everybody can read the password in {settings_file}; try: chmod 0640 {settings_file}")
-    if not (log.to_stderr or "NOTIFY_SOCKET" in os.environ):
-        print(f"{about}; logging to syslog", file=sys.stderr)
-    daemon.run()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run policyd; return its exit status."""
-    options = _parse_arguments(arguments)
-    if options.version:
-        print(f"policyd {version()}")
-        return 0
-    settings_file = options.config or SETTINGS_FILE
-    os.umask(0o077)
-    if options.check:
-        _become_policyd()
-    where = ""
-    try:
-        settings = _read_settings(settings_file, is_needed=bool(options.config))
-        where = wire_name(settings.bind, settings.port)
-        file = settings.path or f"none, defaults (yours would go into {SETTINGS_FILE})"
-        about = f"quota {settings.defaultquota}{' (audit)' if settings.mode == 'audit' else ''}, settings: {file}"
-        if options.init_db or options.check or options.check_settings:
-            return _do_instead(options, settings, f"{where}, {about}")
-        about += f", {open_repository(settings)}"
-        # In all threads to come: run() asks for them.  All stay on one processor, which doubles what a busy daemon
-        # answers: Python runs one at a time, and with two each hand-over moves to the other one's cold caches.
-        signal.pthread_sigmask(signal.SIG_BLOCK, Daemon.SIGNALS)
-        processors = os.sched_getaffinity(0)
-        with contextlib.suppress(OSError):  # forbidden: slower, no worse
-            os.sched_setaffinity(0, {max(processors)})
-        daemon = Daemon(settings, settings_file, processors)
+        return _carry_out(options)
     except SettingsError as error:
-        return _fail(str(error), EXIT_SETTINGS)
+        return _fail(str(error), 78)  # EX_CONFIG: only a human can mend it, so unit.service does not start us again
     except RepositoryUnavailable as error:
         return _fail(f"events cannot be counted: {error}")
-    except OSError as error:
-        what = "use its statedir" if error.errno == errno.EBUSY else f"listen on {where}"
-        return _fail(f"cannot {what}: {error.strerror or error}")
     except ImportError:
         return _fail("PyMySQL is missing: apt install python3-pymysql, or remove the db... settings")
-    log.start(options.stderr)
-    _serve(daemon, settings, settings_file, f"policyd {__version__} on {daemon.listens_on}, {about}")
-    log.stop()
-    return 0
 
 
 if __name__ == "__main__":

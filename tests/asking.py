@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import signal
 import smtplib
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from servers import LogLine, Policyd, Postfix, request_bytes, wait_until
+from recorders import tell
+from servers import LogLine, Policyd, Postfix, numbers, request_bytes, wait_until
 from stores import Clock, KeptLog, Store, read_settings
 
-from policyd import Event, Housekeeper, Journal, Policy, PolicyRequest, Recorder, Repository, Watch, parse_request
-
-_numbers = itertools.count(1)
+from policyd import Housekeeper, Journal, Policy, Recorder, Repository, SQLiteRepository, Watch, parse_request
 
 
 class Outcome(NamedTuple):
@@ -27,11 +24,7 @@ class Outcome(NamedTuple):
     lines: list[str]
 
 
-# --- a daemon ---
-
-
 def ask(daemon: Policyd, login: str, **attributes: object) -> Outcome:
-    """Ask about a message and return what became of it."""
     before = len(daemon.lines_so_far())
     answer = daemon.ask(**{"sasl_username": login, "queue_id": "4Xk1Zt", **attributes})
     lines = daemon.lines_so_far()[before:]
@@ -40,15 +33,16 @@ def ask(daemon: Policyd, login: str, **attributes: object) -> Outcome:
 
 
 def reload(daemon: Policyd) -> list[str]:
-    """Send SIGHUP, wait until it has been acted upon, and return what systemd was told meanwhile."""
-    before = daemon.notifications
+    """Send SIGHUP, wait until it has been acted upon, and return what systemd was told when it began and then."""
+    number = len(daemon.notify.messages())
     daemon.signal(signal.SIGHUP)
-    daemon.wait_for_notification("READY=1", count=sum("READY=1" in message for message in before) + 1)
-    return [message for message in daemon.notifications[len(before) :] if "WATCHDOG=1" not in message]
+    wait_until(lambda: any("RELOADING=1" in message for message in daemon.notify.messages()[number:-1]), "it is over")
+    while "RELOADING=1" not in daemon.notify.messages()[number]:
+        number += 1
+    return daemon.notify.messages()[number : number + 2]
 
 
 def status(daemon: Policyd) -> LogLine:
-    """Return the status line of this moment."""
     pattern = re.compile(r": \d+ requests: ")
     before = sum(bool(pattern.search(message)) for message in daemon.syslog.messages())
     daemon.signal(signal.SIGUSR1)
@@ -56,22 +50,17 @@ def status(daemon: Policyd) -> LogLine:
 
 
 def complaints(daemon: Policyd) -> list[str]:
-    """Return what has been logged above level info."""
     return [line.text for line in daemon.lines_so_far() if line.level != "info"]
 
 
-# --- its parts in this thread ---
-
-
-def a_request(**attributes: object) -> PolicyRequest:
-    """Return a request as Postfix sends it."""
+def a_request(**attributes: object) -> Any:
     return parse_request(request_bytes(**{"queue_id": "4Xk1Zt", **attributes})[:-2])
 
 
 class Unrecorded:
     """Stands where the recorder is, and counts nothing."""
 
-    def record(self, event: Event, on_usage: object) -> None:
+    def record(self, *_: object) -> None:
         pass
 
 
@@ -87,24 +76,21 @@ class Relay:
         self.told: list[dict[str, Any]] = []
         self._logged = logged
         repository = repository or store.another()
-        watch = Watch(repository, self.clock)
         self._directory = tempfile.TemporaryDirectory()
-        journal = Journal(str(Path(self._directory.name, "journal.sqlite3")))
+        journal = Journal(SQLiteRepository(f"{self._directory.name}/journal.sqlite3"))
         # Its deadlines are such that no machine is too busy for them.
-        self.recorder = Recorder(repository, journal, settings, watch, lambda: time.monotonic() + 60)
+        self.recorder = Recorder(repository, journal, settings, lambda: time.monotonic() + 60)
+        self.recorder.watch = Watch(repository, self.clock)
+        journal.look()
         self.recorder.look_for_store()
         self.policy = Policy(settings, self.recorder, self.told.append)
-        self._housekeeper = Housekeeper(
-            repository, watch, self.policy, lambda: self.recorder.down_s() is None, self.clock
-        )
+        self._housekeeper = Housekeeper(repository, self.recorder, self.policy, self.clock)
         self._logged.lines.clear()
 
     def reload(self, *lines: str) -> None:
-        """Take other settings."""
         self.policy.settings = self.recorder.settings = read_settings(*lines)
 
     def ask(self, login: str, peer: str = "127.0.0.1", **attributes: object) -> Outcome:
-        """Ask about a message and return what became of it."""
         return self.ask_at_once([{"sasl_username": login, **attributes}], peer)[0]
 
     def ask_at_once(self, messages: Sequence[dict[str, object]], peer: str = "127.0.0.1") -> list[Outcome]:
@@ -115,7 +101,7 @@ class Relay:
             self.policy.answer(a_request(**message), peer, answers.append)
         for _ in range(2):  # what is stopped has an incident to be recorded
             self.recorder.turn()
-            self.recorder.tell_next()
+            tell(self.recorder)
         assert len(answers) == len(messages)
         return [Outcome(answer, [line.text for line in self._logged.lines[before:]]) for answer in answers]
 
@@ -123,7 +109,7 @@ class Relay:
         """Sweep, so much later than before; return what is logged."""
         self.clock.now += after_s
         before = len(self._logged.lines)
-        self._housekeeper.sweep_if_due(self.clock())
+        self._housekeeper.sweep()
         return [line.text for line in self._logged.lines[before:]]
 
 
@@ -134,27 +120,20 @@ def forgive(store: Store, login: str) -> None:
     store.another().ask(statement, {"login": login})
 
 
-# --- Postfix ---
-
-
 class Reply(NamedTuple):
-    """What the client was told about its message."""
-
     code: int
     reply: str
     subject: str
 
     @property
     def queue_id(self) -> str:
-        """The id Postfix gave to a message it took."""
         match = re.search(r"queued as (\w+)", self.reply)
         assert match, self
         return match[1]
 
 
 def send(session: smtplib.SMTP, sender: str = "alice@example.org", recipients: int = 1) -> Reply:
-    """Send one message in a session and return what became of it."""
-    subject = f"message {next(_numbers)} of the tests"
+    subject = f"message {next(numbers)} of the tests"
     session.mail(sender)
     for number in range(recipients):
         assert session.rcpt(f"rcpt{number}@example.net")[0] == 250
@@ -169,6 +148,5 @@ def submit(postfix: Postfix, port: int | None = None, recipients: int = 1, login
 
 
 def wait_for_delivery(postfix: Postfix, reply: Reply) -> None:
-    """Wait until a message has arrived at its recipient's."""
     assert reply.code == 250, reply
     wait_until(lambda: any(reply.subject in text for text in postfix.delivered()), f"{reply} is delivered")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -11,10 +10,9 @@ from typing import Any, Callable
 
 import hypothesis
 import pytest
-from servers import OLD_SCHEMA, SCHEMA, Database, MariaDB, Policyd, Postfix, policyd_factory
+from scripting import Desk
+from servers import OLD_SCHEMA, SCHEMA, Database, MariaDB, Policyd, Postfix, policyd_factory, small_disk
 from stores import KINDS, KeptLog, MariaStore, SQLiteStore, Store
-
-# --- the rules of the run ---
 
 
 def pytest_configure() -> None:
@@ -30,8 +28,8 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with the servers it needs, so that `-m "not server"` needs none."""
     for item in items:
-        for server in ("mariadb", "postfix"):
-            if server in getattr(item, "fixturenames", ()):
+        for server, fixtures in (("mariadb", {"mariadb"}), ("postfix", {"postfix", "machine"})):  # both as root
+            if fixtures & set(getattr(item, "fixturenames", ())):
                 item.add_marker(server)
             if item.get_closest_marker(server):
                 item.add_marker("server")
@@ -59,12 +57,16 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> KeptLog:
 
 
 @pytest.fixture
+def disk() -> Iterator[Path]:
+    """A disk of 1 MB."""
+    with small_disk(1) as path:
+        yield path
+
+
+@pytest.fixture
 def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look for a store that is away without a pause."""
     monkeypatch.setattr("policyd.RETRY_DELAYS_S", (0.001, 0.01))
-
-
-# --- stores and servers ---
 
 
 @pytest.fixture(params=KINDS)
@@ -78,29 +80,28 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return MariaStore(database)
 
 
-@contextlib.contextmanager
-def running(request: pytest.FixtureRequest, server: MariaDB | Postfix, begin: Callable[[], None]) -> Iterator[Any]:
-    try:
-        begin()
-        request.config.get_terminal_writer().line(f"{type(server).__name__} {server.version}")
-        yield server
-    finally:
-        server.remove()
+@pytest.fixture
+def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
+    """policyd-admin with an empty store: an embedded one, or that of a test that asks for `store` too."""
+    has_store = "store" in request.fixturenames
+    store = request.getfixturevalue("store") if has_store else SQLiteStore(tmp_path / "events.sqlite3")
+    return Desk(tmp_path / "policyd.cfg", store)
 
 
 @pytest.fixture(scope="session")
 def mariadb(request: pytest.FixtureRequest) -> Iterator[MariaDB]:
-    """A private mariadbd."""
-    server = MariaDB()
-    with running(request, server, server.install):
+    with MariaDB() as server:
+        server.install()
+        request.config.get_terminal_writer().line(f"MariaDB {server.version}")
         yield server
 
 
 @pytest.fixture(scope="session")
 def postfix(request: pytest.FixtureRequest) -> Iterator[Postfix]:
     """A private Postfix that asks the policy server a test starts at its `policy_port`."""
-    server = Postfix()
-    with running(request, server, server.start):
+    with Postfix() as server:
+        server.start()
+        request.config.get_terminal_writer().line(f"Postfix {server.version}")
         yield server
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import itertools
 import re
 import signal
 import threading
@@ -17,50 +17,24 @@ from servers import LogLine, Policyd, read_answer, request_bytes, wait_until
 
 from policyd import Daemon, Settings
 
-# --- in this process, for what it does once a minute or once a day, sooner than that ---
-
-
-class DaemonHere:
-    """Runs in a thread, with its settings in a file; what it logs is in the fixture `logged`."""
-
-    def __init__(self, settings_file: Path) -> None:
-        settings = Settings.from_file(str(settings_file))
-        self.daemon = Daemon(settings, str(settings_file), os.sched_getaffinity(0))
-        self._is_listening = threading.Event()  # to signals
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-        self._is_listening.wait()
-
-    def _run(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, Daemon.SIGNALS)  # as main() does: run() asks for them
-        self._is_listening.set()
-        self.daemon.run()
-
-    def signal(self, number: int) -> None:
-        """Send the daemon, and nobody else in this process, a signal."""
-        assert self.thread.ident is not None
-        signal.pthread_kill(self.thread.ident, number)
-
 
 @contextlib.contextmanager
-def running_here(settings_file: Path) -> Iterator[DaemonHere]:
-    """Run a daemon with these settings."""
-    here = DaemonHere(settings_file)
+def running_here(settings_file: Path) -> Iterator[Daemon]:
+    """Run a daemon in this process, so that time can be made short; what it logs is in the fixture `logged`."""
+    daemon = Daemon(Settings.from_file(str(settings_file)))
+    thread = threading.Thread(target=daemon.run, daemon=True)
+    thread.start()
     try:
-        yield here
+        yield daemon
     finally:
-        here.signal(signal.SIGTERM)
-        here.thread.join()
+        daemon.signals.put(signal.SIGTERM)
+        thread.join()
 
-
-# --- many clients ---
 
 CONNECTIONS = 16
 
 
 class Answer(NamedTuple):
-    """What a client got."""
-
     asked: float  # monotonic
     took: float  # seconds
     action: str
@@ -79,11 +53,10 @@ def send(daemon: Policyd, messages: Iterable[dict[str, Any]]) -> Iterator[Answer
 def send_at_once(daemons: list[Policyd], messages: list[dict[str, Any]]) -> list[str]:
     """Ask about the messages over many connections, dealt out over the daemons; return the answers."""
     with ThreadPoolExecutor(CONNECTIONS) as threads:
-        sent = [
-            threads.submit(lambda n: [*send(daemons[n % len(daemons)], messages[n::CONNECTIONS])], n)
-            for n in range(CONNECTIONS)
-        ]
-        return [answer.action for each in sent for answer in each.result(60)]
+        sent = threads.map(
+            lambda n: [*send(daemons[n % len(daemons)], messages[n::CONNECTIONS])], range(CONNECTIONS), timeout=60
+        )
+        return [answer.action for answers in sent for answer in answers]
 
 
 class Load:
@@ -92,7 +65,7 @@ class Load:
     def __init__(self, daemons: list[Policyd], clients: int, login: str = "load") -> None:
         self.answers: list[Answer] = []
         self._enough = threading.Event()
-        self._message = {"sasl_username": login}
+        self._login = login
         self._threads = ThreadPoolExecutor(len(daemons) * clients)
         self._clients = [self._threads.submit(self._send, daemon) for daemon in daemons for _ in range(clients)]
 
@@ -100,32 +73,24 @@ class Load:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        """End, and raise what a client ran into."""
         self._enough.set()
         self._threads.shutdown()
+        for client in self._clients:
+            client.result()
 
     def _send(self, daemon: Policyd) -> None:
-        for answer in send(daemon, iter(lambda: self._message, None)):
+        for answer in send(daemon, itertools.repeat({"sasl_username": self._login})):
             self.answers.append(answer)
             if self._enough.is_set():
                 return
 
     def wait_for_more(self, number: int) -> None:
-        """Wait until so many more have been answered."""
+        """Wait until so many more have been answered; nobody may have come to an end."""
         goal = len(self.answers) + number
-        wait_until(lambda: len(self.answers) >= goal or self.is_over(), f"{number} answers")
-        assert not self.is_over()
+        wait_until(lambda: len(self.answers) >= goal, f"{number} answers")
+        assert not any(client.done() for client in self._clients)
 
-    def is_over(self) -> bool:
-        """Tell whether a client has come to an end."""
-        return any(client.done() for client in self._clients)
-
-    def assert_no_request_failed(self) -> None:
-        """Raise what a client ran into; to be called behind the block."""
-        for client in self._clients:
-            client.result()
-
-
-# --- outages, as the log tells them ---
 
 BEGINS = "ERROR while UPDATING db: "
 ENDS = re.compile(r"ERROR while UPDATING db: over after (\d+) s, (\d+) events replayed")
@@ -133,7 +98,6 @@ BACK_S = 60  # until a store is used again: promised are 15 s; a cluster needs 5
 
 
 def errors(daemon: Policyd) -> list[LogLine]:
-    """Return what has been logged at level err."""
     return [line for line in daemon.log_lines() if line.level == "err"]
 
 

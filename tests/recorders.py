@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sqlite3
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from servers import wait_until
 from stores import GENEROUS, Clock
 
 from policyd import Event, Journal, Recorder, Repository, RepositoryUnavailable, SQLiteRepository, Usage
@@ -22,13 +19,8 @@ class Waiter:
     """Whoever records an event and waits for its sum."""
 
     def __init__(self, recorder: Recorder, recorded: Event) -> None:
-        self._answered = threading.Event()
         self.usages: list[Usage | None] = []
-        recorder.record(recorded, self._on_usage)
-
-    def _on_usage(self, usage: Usage | None) -> None:
-        self.usages.append(usage)
-        self._answered.set()
+        recorder.record(recorded, self.usages.append)
 
     @property
     def answers(self) -> list[int | None]:
@@ -37,38 +29,32 @@ class Waiter:
 
     def sum(self) -> int | None:
         """Wait for the answer and return it."""
-        assert self._answered.wait(PATIENCE_S), "nobody answered"
+        wait_until(lambda: self.usages, "an answer", PATIENCE_S)
         return self.answers[0]
 
 
 class BreakableRepository(SQLiteRepository):
     """An embedded store of which the methods named in `broken` fail: as if it were away, or with a fault of ours."""
 
-    def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(path, clock)
-        self.broken: frozenset[str] = frozenset()
-        self.fault: type[Exception] = RepositoryUnavailable
-        for method in AWAY:
-            setattr(self, method, self._breakable(method, getattr(self, method)))
+    broken: frozenset[str] = frozenset()
+    fault: type[Exception] = RepositoryUnavailable
 
-    def _breakable(self, method: str, sound: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            if method in self.broken:
-                raise self.fault(f"{method} is broken")
-            return sound(*arguments)
+    def __getattribute__(self, name: str) -> Any:
+        if name != "broken" and name in self.broken:
+            raise self.fault(f"{name} is broken")
+        return super().__getattribute__(name)
 
-        return call
+    def count(self) -> int:
+        return len(self.first())
 
 
 AWAY = frozenset(("insert", "usages", "check"))
 
 
-@contextlib.contextmanager
-def written_by_another(path: Path) -> Iterator[None]:
-    """Hold the lock of an embedded store, so that nobody else can write."""
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        yield
+def tell(recorder: Recorder) -> None:
+    """Do what the teller's thread does with what waits for it."""
+    recorder._told.put(None)
+    recorder.tell()
 
 
 class ByHand:
@@ -76,8 +62,8 @@ class ByHand:
 
     def __init__(self, repository: Repository, path: Path, clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
-        self.journal = Journal(str(path), self.clock, self.clock)
-        self.recorder = Recorder(repository, self.journal, GENEROUS, clock=self.clock)
+        self.journal = Journal(SQLiteRepository(str(path), self.clock), self.clock)
+        self.recorder = Recorder(repository, self.journal, GENEROUS, self.clock)
         self.recorder.look_for_store()
 
     def usages(self, *events: Event) -> list[Usage | None]:
@@ -91,10 +77,11 @@ class ByHand:
         """The same, but the recipients only."""
         return [usage and usage.recipients for usage in self.usages(*events)]
 
-    def turn(self) -> None:
-        """Do what the threads of the recorder and of the teller do once."""
-        self.recorder.turn()
-        self.recorder.tell_next()
+    def turn(self) -> bool:
+        """Do what the threads of the recorder and of the teller do once; return whether a slice was moved."""
+        has_moved = self.recorder.turn()
+        tell(self.recorder)
+        return has_moved
 
     def minute(self) -> None:
         """Let a minute pass, after which the journal is looked at; then look for the store and replay all."""
@@ -102,9 +89,8 @@ class ByHand:
         self.turn()
         if self.recorder.down_s() is not None:
             self.recorder.look_for_store()
-        while self.journal.can_move() and self.recorder.down_s() is None:
-            self.turn()
-        self.turn()
+        while self.turn():
+            pass
 
     def end(self) -> None:
         """What the end of the process does."""
@@ -113,17 +99,16 @@ class ByHand:
 
 
 def is_well(recorder: Recorder) -> bool:
-    """Tell whether the store is there, and has all that the journal had."""
     return recorder.down_s() is None and recorder.journal.waiting == 0
 
 
 @contextlib.contextmanager
-def recording(repository: Repository, journal: Path | None = None) -> Iterator[Recorder]:
-    """Run a Recorder with its threads, with this journal or with one of its own."""
-    with tempfile.TemporaryDirectory() as directory:
-        recorder = Recorder(repository, Journal(str(journal or Path(directory, "journal.sqlite3"))), GENEROUS)
-        recorder.start()
-        try:
-            yield recorder
-        finally:
-            recorder.stop(PATIENCE_S)
+def recording(repository: Repository, journal: Path) -> Iterator[Recorder]:
+    """Run a Recorder with its threads."""
+    recorder = Recorder(repository, Journal(SQLiteRepository(str(journal))), GENEROUS)
+    recorder.start()
+    recorder.looked.wait(PATIENCE_S)
+    try:
+        yield recorder
+    finally:
+        recorder.stop(PATIENCE_S)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from servers import ROOT
-from stores import SQLiteStore, Store
+from stores import Store
 
 ADMIN = ROOT / "scripts" / "policyd-admin"
 HOUR_S, DAY_S = 3600, 86_400
@@ -25,8 +25,6 @@ HOUR_S, DAY_S = 3600, 86_400
 PYTHON_FIRST = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 ENVIRONMENT = {"PATH": PYTHON_FIRST, "MAIL_CONFIG": "/nonexistent", "TZ": "UTC"}
 
-STRANGE_LOGIN = "\x1b]0;owned\x07\u009b31m\té"
-STRANGE_LOGIN_SHOWN = r"\x1b]0;owned\x07\x9b31m\t\xe9"
 # What a client may call itself, and a shell, a mail or a terminal must not take for anything else.
 HOSTILE = [
     "a\rBcc: y@example.net", "\x1b]0;owned\x07\x1b[31m", "\x7f\x08\x08\t", "=?utf-8?q?x=0aBcc:_y?=", "$(touch touched)",
@@ -48,29 +46,7 @@ class Entry(NamedTuple):
 
 
 def incident(age_s: float, login: str, rule: str) -> Entry:
-    """Return the row of an incident."""
     return Entry(age_s, login, None, "", rule)
-
-
-def fill(store: Store, *entries: Entry) -> None:
-    """Put rows in."""
-    for number, entry in enumerate(entries):
-        sender = f"{number}@example.org" if entry.sender is None else entry.sender
-        store.add([(entry.login, sender, entry.client, entry.recipients)], entry.age_s)
-
-
-def embedded(directory: Path, *entries: Entry) -> SQLiteStore:
-    """Return a new embedded store with these rows."""
-    store = SQLiteStore(directory / "events.sqlite3")
-    fill(store, *entries)
-    return store
-
-
-def settings_file(directory: Path, settings: dict[str, str], *lines: str) -> Path:
-    """Write the settings and, below them, more lines; return the file's path."""
-    path = directory / "policyd.cfg"
-    path.write_text("".join(f"{line}\n" for line in (*(f"{key}={value}" for key, value in settings.items()), *lines)))
-    return path
 
 
 @functools.cache
@@ -117,7 +93,6 @@ def pasted(commands: Iterable[str], directory: Path) -> list[list[str]]:
 
 
 def program(directory: Path, name: str, text: str) -> dict[str, str]:
-    """Put a program there; return an environment in which it is found first."""
     (directory / name).write_text(f"#!/bin/sh\n{text}\n")
     (directory / name).chmod(0o755)
     return {"PATH": f"{directory}:{os.environ['PATH']}"}
@@ -141,13 +116,6 @@ def printed(result: subprocess.CompletedProcess[str]) -> str:
     return result.stdout
 
 
-def objects(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
-    """Return what it printed with --json."""
-    assert (result.returncode, result.stderr) == (0, ""), result
-    assert re.fullmatch(r"[ -~\n]*", result.stdout), result.stdout
-    return list(json.loads(result.stdout))
-
-
 def refusal(result: subprocess.CompletedProcess[str], status: int = 1, has_plan: bool = False) -> str:
     """Return the one line that says why nothing was done, perhaps behind the plan of what would have been."""
     assert (result.returncode, bool(result.stdout)) == (status, has_plan), result
@@ -156,15 +124,52 @@ def refusal(result: subprocess.CompletedProcess[str], status: int = 1, has_plan:
     return line[1]
 
 
+class Desk:
+    """policyd-admin, called with a file of settings: `desk("top")` is what it prints when nothing is wrong."""
+
+    def __init__(self, file: Path, store: Store | None = None, **environment: str) -> None:
+        self.file, self._environment = file, environment
+        if store is not None:  # else there are settings already, of a daemon
+            self.store = store
+            self.write()
+
+    def write(self, *lines: str, **changes: str) -> None:
+        """Write the settings that lead to the store, some of them changed, and more lines below them."""
+        settings = {**self.store.settings, **changes}
+        self.file.write_text("".join(f"{line}\n" for line in (*(f"{key}={settings[key]}" for key in settings), *lines)))
+
+    def fill(self, *entries: Entry) -> None:
+        for number, entry in enumerate(entries):
+            sender = f"{number}@example.org" if entry.sender is None else entry.sender
+            self.store.add([(entry.login, sender, entry.client, entry.recipients)], entry.age_s)
+
+    def run(self, command: str, *arguments: object, **how: str) -> subprocess.CompletedProcess[str]:
+        """Call it, whatever comes of it."""
+        return run(command, "-c", self.file, *arguments, **{**self._environment, **how})
+
+    def __call__(self, *arguments: object, **environment: str) -> str:
+        return printed(self.run(*arguments, **environment))
+
+    def objects(self, *arguments: object, **environment: str) -> list[dict[str, Any]]:
+        """Return what it prints with --json."""
+        result = self.run(*arguments, "--json", **environment)
+        assert (result.returncode, result.stderr) == (0, ""), result
+        assert re.fullmatch(r"[ -~\n]*", result.stdout), result.stdout
+        return list(json.loads(result.stdout))
+
+    def refusal(self, *arguments: object, status: int = 1, has_plan: bool = False, **environment: str) -> str:
+        """Return the one line that says why nothing was done."""
+        return refusal(self.run(*arguments, **environment), status, has_plan)
+
+    def report(self, login: str) -> dict[str, str]:
+        """Return what `user` says of a login: what stands beside each name in the first paragraph."""
+        text = self("user", "--", login).split("\n\n")[0].replace("\n" + " " * 16, "; ")
+        return {line[:15].strip(): line[16:] for line in text.splitlines()}
+
+
 def commands_in(text: str) -> list[str]:
     """Return the commands that a text offers to paste."""
     return re.findall(r"^  ((?:policyd-admin|on_stop=).*)$", text, re.MULTILINE)
-
-
-def facts(report: str) -> dict[str, str]:
-    """Return what stands beside each name in the first paragraph of a report."""
-    text = report.split("\n\n")[0].replace("\n" + " " * 16, "; ")
-    return {line[:15].strip(): line[16:] for line in text.splitlines()}
 
 
 def rows_of(report: str, heading: str) -> list[list[str]]:

@@ -53,9 +53,6 @@ START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
 
 
-# --- what every server needs ---
-
-
 def program(name: str, package: str) -> str:
     """Return the path of a program; end the whole run, naming its Debian package, if it is missing."""
     path = shutil.which(name, path=PATH)
@@ -86,25 +83,43 @@ def free_port() -> int:
                 return port
 
 
+@contextlib.contextmanager
+def small_disk(megabytes: int) -> Iterator[Path]:
+    """A disk that can be full; only root has it."""
+    disk = temporary_directory()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=755", "tmpfs", disk], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+        disk.rmdir()
+
+
 def wait_until(is_true: Callable[[], Any], what: str, timeout: float = START_TIMEOUT_S) -> Any:
     """Ask until the answer is true and return it; fail, saying what was awaited, after `timeout` s."""
     deadline = time.monotonic() + timeout
-    while True:
-        answer = is_true()
-        if answer:
-            return answer
+    while not (answer := is_true()):
         if time.monotonic() > deadline:
             pytest.fail(f"not within {timeout:g} s: {what}")
         time.sleep(0.01)
+    return answer
 
 
-def end(process: subprocess.Popen[Any], timeout: float = STOP_TIMEOUT_S) -> int:
+def run(*command: str, through: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, and return what came of it; `through` another command."""
+    return subprocess.run(
+        [*through, *command], env={**os.environ, "PATH": PATH, **environment}, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def end(process: subprocess.Popen[Any]) -> int:
     """End a child: politely, and for sure.  Returns its exit status, negative for a signal."""
     if process.poll() is None:
         process.send_signal(signal.SIGCONT)  # a frozen one would not hear the next signal
         process.terminate()
         try:
-            process.wait(timeout)
+            process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             process.kill()
     return process.wait()
@@ -115,20 +130,20 @@ class Server:
 
     def __init__(self) -> None:
         self.directory = temporary_directory()
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: Any = None  # that runs, or ran last
 
-    @property
-    def process(self) -> subprocess.Popen[bytes]:
-        """The process that runs, or ran last; a new one after each start."""
-        assert self._process is not None, "not started yet"
-        return self._process
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
     @property
     def pid(self) -> int:
-        return self.process.pid
+        return int(self.process.pid)
 
     def _spawn(self, command: Sequence[str], output: Any = subprocess.DEVNULL, **environment: str) -> None:
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             command, env={**os.environ, **environment}, cwd=self.directory, stdin=subprocess.DEVNULL,
             stdout=output, stderr=output,
         )
@@ -137,8 +152,8 @@ class Server:
         self.process.send_signal(number)
 
     def stop(self) -> int:
-        """Let it end in good order; return the exit status."""
-        return end(self.process)
+        """Let it end in good order, if it was started; return the exit status."""
+        return end(self.process) if self.process else 0
 
     def kill(self) -> None:
         self.process.kill()
@@ -147,35 +162,22 @@ class Server:
     def freeze(self) -> None:
         """Let it hang: its port accepts, nobody answers."""
         self.signal(signal.SIGSTOP)
-        wait_until(lambda: set(self._states()) == {"T"}, "each thread of the server has stopped")
+        wait_until(self._is_frozen, "each thread of the server has stopped")
 
-    def _states(self) -> Iterator[str]:
-        """Yield the state of each thread, a letter as in proc(5)."""
-        for status in Path(f"/proc/{self.pid}/task").glob("*/status"):
-            with contextlib.suppress(OSError):  # it has just ended
-                yield re.search(r"^State:\s+(\S)", status.read_text(), re.MULTILINE)[1]
+    def _is_frozen(self) -> bool:
+        with contextlib.suppress(OSError):  # a thread has just ended
+            states = [status.read_text() for status in Path(f"/proc/{self.pid}/task").glob("*/status")]
+            return all(re.search(r"^State:\s+T", state, re.MULTILINE) for state in states)
+        return False
 
     def thaw(self) -> None:
         self.signal(signal.SIGCONT)
 
     def remove(self) -> None:
         try:
-            if self._process is not None:
-                self.stop()
+            self.stop()
         finally:
             shutil.rmtree(self.directory, ignore_errors=True)
-
-
-# --- what a daemon tells others ---
-
-
-def pattern(needle: str | re.Pattern[str]) -> re.Pattern[str]:
-    """Return a pattern that finds `needle` as it is written, or as a regular expression."""
-    if isinstance(needle, re.Pattern):
-        return needle
-    with contextlib.suppress(re.error):
-        return re.compile(f"{re.escape(needle)}|{needle}")
-    return re.compile(re.escape(needle))
 
 
 class Inbox:
@@ -184,74 +186,49 @@ class Inbox:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._messages: list[str] = []
-        self._marks_sent = self._marks_seen = 0
-        self._changed = threading.Condition()  # guards the above; notified at each datagram
+        self._lock = threading.Lock()  # guards them
         self._is_reading = threading.Event()
         self._is_reading.set()
-        self._is_closed = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(path))
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
-        while not self._is_closed:
-            datagram = self._socket.recv(65536)
-            with self._changed:
-                if datagram:
-                    self._messages.append(datagram.decode("utf-8", "backslashreplace").rstrip("\0"))
-                else:
-                    self._marks_seen += 1
-                self._changed.notify_all()
-            self._is_reading.wait()
-
-    def _send_mark(self) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(STOP_TIMEOUT_S)
-            sender.sendto(b"", str(self.path))
-        self._marks_sent += 1
+        while self._is_reading.wait() and self._socket.recv(1, socket.MSG_PEEK):
+            self.messages()
 
     def messages(self) -> list[str]:
-        """Return every message sent so far: a mark of our own, queued behind them, comes back first."""
-        is_read = self._is_reading.is_set() and not self._is_closed
-        if is_read:
-            self._send_mark()
-        with self._changed:
-            if is_read:
-                assert self._changed.wait_for(lambda: self._marks_seen == self._marks_sent, STOP_TIMEOUT_S)
+        """Return every message sent so far, also what the thread has not taken yet."""
+        with self._lock:
+            with contextlib.suppress(OSError):  # nothing more is there
+                while self._is_reading.is_set() and (datagram := self._socket.recv(65536, socket.MSG_DONTWAIT)):
+                    self._messages.append(datagram.decode("utf-8", "backslashreplace").rstrip("\0"))
             return list(self._messages)
 
-    def wait_for(self, needle: str | re.Pattern[str], timeout: float, count: int = 1) -> str | None:
-        """Return the `count`th message that holds `needle`, or None if it does not come in time."""
-        wanted = pattern(needle)
+    def wait_for(self, needle: str | re.Pattern[str], timeout: float = 10, count: int = 1) -> str:
+        """Return the `count`th message that holds `needle`, a text or a pattern; fail if it does not come in time."""
+        pattern = needle if isinstance(needle, re.Pattern) else re.compile(re.escape(needle))
 
         def found() -> list[str]:
-            return [message for message in self._messages if wanted.search(message)][count - 1 : count]
+            return [message for message in self.messages() if pattern.search(message)][count - 1 :]
 
-        with self._changed:
-            self._changed.wait_for(found, timeout)
-            return next(iter(found()), None)
+        return str(wait_until(found, pattern.pattern, timeout)[0])
 
     def pause(self) -> None:
-        """Stop reading, as a stuck reader does; one more message may still be taken."""
         self._is_reading.clear()
-        self._send_mark()  # the thread may be waiting for a message: let it see the change
 
     def resume(self) -> None:
         self._is_reading.set()
 
     def close(self) -> None:
-        """Take what is left and end the thread.  The messages stay readable."""
-        if not self._is_closed:
-            self.resume()
-            self.messages()
-            self._is_closed = True
-            self._send_mark()
-            self._thread.join(STOP_TIMEOUT_S)
-            self._socket.close()
-
-
-# --- MariaDB ---
+        """Take what is left and end the thread, also again.  The messages stay readable."""
+        self.resume()
+        self.messages()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
+        self._thread.join(STOP_TIMEOUT_S)
+        self._socket.close()
 
 
 class MariaDB(Server):
@@ -265,8 +242,7 @@ class MariaDB(Server):
         super().__init__()
         self._buffer_pool = buffer_pool
         self._server = os.environ.get("POLICYD_TEST_SERVER") or program("mariadbd", "mariadb-server")
-        named = subprocess.run([self._server, "--no-defaults", "--version"], capture_output=True, text=True, check=True)
-        self.is_mysql = "MariaDB" not in named.stdout
+        self.is_mysql = "MariaDB" not in run(self._server, "--no-defaults", "--version").stdout
         self.port = free_port()
         self.socket = str(self.directory / "socket")
         self._log = self.directory / "log.err"
@@ -275,18 +251,13 @@ class MariaDB(Server):
 
     def install(self) -> None:
         """Create the system tables, with a root that needs no password on our socket, and our user."""
-        options = ["--no-defaults", *self._as_user, f"--datadir={self.directory / 'data'}"]
-        if self.is_mysql:
-            command = [self._server, *options, "--initialize-insecure"]
-        else:
-            beside = Path(self._server).parent / "mariadb-install-db"
-            install = str(beside) if beside.exists() else program("mariadb-install-db", "mariadb-server")
-            command = [install, *options, f"--tmpdir={self.directory}", "--auth-root-authentication-method=normal",
-                       "--skip-test-db", "--skip-name-resolve"]  # fmt: skip
-        done = subprocess.run(
-            command, env={**os.environ, "PATH": PATH}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=120,
-        )
+        command = [self._server, "--no-defaults", "--initialize-insecure"]
+        if not self.is_mysql:
+            beside = Path(self._server).with_name("mariadb-install-db")
+            command = [str(beside) if beside.exists() else program("mariadb-install-db", "mariadb-server"),
+                       "--no-defaults", "--auth-root-authentication-method=normal", "--skip-test-db",
+                       "--skip-name-resolve", f"--tmpdir={self.directory}"]  # fmt: skip
+        done = run(*command, *self._as_user, f"--datadir={self.directory / 'data'}")
         if done.returncode != 0:
             pytest.exit(f"{command[0]} failed: {done.stdout}{done.stderr}", returncode=1)
         self.start()
@@ -301,7 +272,6 @@ class MariaDB(Server):
         wait_until(self._answers, "mariadbd answers", 3 * START_TIMEOUT_S)
 
     def launch(self, *options: str) -> None:
-        """Start the server with more options than it needs anyway."""
         # Durable as InnoDB is by default, but small and quick to start.
         small = ["--innodb-log-file-size=32M", "--aria-pagecache-buffer-size=1M"]
         if self.is_mysql:
@@ -345,7 +315,6 @@ class MariaDB(Server):
             return list(cursor.fetchall())
 
     def new_database(self, table_sql: str) -> Database:
-        """Create a database with one table, and let our user work on it."""
         self.ensure_running()
         name = f"policyd{next(self._names)}"
         self.query(f"CREATE DATABASE {name}")
@@ -377,8 +346,6 @@ class Database(NamedTuple):
                 "dbname": self.name}  # fmt: skip
 
 
-# --- policyd ---
-
 FACILITIES = ["kern", "user", "mail", "daemon", "auth", "syslog", "lpr", "news", "uucp", "cron", "authpriv", "ftp"]
 LEVELS = ["emerg", "alert", "crit", "err", "warning", "notice", "info", "debug"]
 SYSLOG_DATAGRAM = re.compile(r"<(\d+)>\w{3} [ \d]\d \d\d:\d\d:\d\d ([^\[:]+)\[(\d+)\]: (.*)", re.DOTALL)
@@ -387,17 +354,18 @@ SYSLOG_DATAGRAM = re.compile(r"<(\d+)>\w{3} [ \d]\d \d\d:\d\d:\d\d ([^\[:]+)\[(\
 # Each step replaces the process by the next, so that the pid is the daemon's from the first one on.
 IN_PRIVATE_DEV = """
 dev=$1; shift
-for name in null zero random urandom; do mount --bind "/dev/$name" "$dev/$name" || exit; done
+for name in null zero random urandom; do
+  : >>"$dev/$name" && mount --bind "/dev/$name" "$dev/$name" || exit
+done
+ln -sfn /proc/self/fd "$dev/fd"
 mount --rbind "$dev" /dev || exit
 exec "$@"
 """
 
-_numbers = itertools.count(1)
+numbers = itertools.count(1)
 
 
 class LogLine(NamedTuple):
-    """One line as it arrived at /dev/log."""
-
     facility: str
     level: str
     tag: str
@@ -414,7 +382,7 @@ class LogLine(NamedTuple):
 
 def request_bytes(**attributes: object) -> bytes:
     """Return a request as Postfix sends it: one recipient at END-OF-MESSAGE unless told otherwise."""
-    number = next(_numbers)
+    number = next(numbers)
     request = {
         "request": "smtpd_access_policy", "protocol_state": "END-OF-MESSAGE", "protocol_name": "ESMTP",
         "client_address": "192.0.2.1", "sender": "alice@example.org", "recipient_count": 1,
@@ -437,7 +405,6 @@ def read_answer(connection: socket.socket) -> str:
 
 
 def read_to_end(connection: socket.socket) -> bytes:
-    """Read until the server hangs up, and return what came."""
     answers = b""
     with contextlib.suppress(ConnectionResetError):  # it hung up before it had read all we sent
         while received := connection.recv(65536):
@@ -448,49 +415,38 @@ def read_to_end(connection: socket.socket) -> bytes:
 class Policyd(Server):
     """The daemon of this repository, as a child process that takes us for syslogd and systemd.
 
-    `settings` become the settings file, one line each, a list one line per entry; `text` replaces them.  Unless they
-    say otherwise it listens on a free port of 127.0.0.1 and keeps its files in its directory.  `environment` is added
-    to our own.  `mounts` are commands for a shell that sees the world as the daemon does, before it starts; what they
-    mount is seen by nobody else, and `its_view` leads there.
+    `settings` become the settings file, one line each, a list one line per entry.  Unless they say otherwise it listens
+    on a free port of 127.0.0.1 and keeps its files in its directory.  `environment` is added to our own.  `mounts` are
+    commands for a shell that sees the world as the daemon does, before it starts; what they mount nobody else sees.
     """
 
-    def __init__(
-        self, text: str | None = None, environment: dict[str, str] | None = None, mounts: str = "", **settings: Any
-    ) -> None:
+    def __init__(self, environment: dict[str, str] | None = None, mounts: str = "", **settings: Any) -> None:
         super().__init__()
+        self.port = free_port()
         self.settings_file = self.directory / "policyd.cfg"
-        self.write_settings(text, **settings)
+        self.write_settings(**settings)
         self.environment = environment or {}
         self.mounts = mounts
-        self.syslog = Inbox(self.directory / "syslog")
-        self.notify = Inbox(self.directory / "notify")
+        self.syslog, self.notify = Inbox(self.directory / "syslog"), Inbox(self.directory / "notify")
         self._connection: socket.socket | None = None
         self.dev = self.directory / "dev"
         self.dev.mkdir()
-        for name in ("null", "zero", "random", "urandom"):
-            (self.dev / name).touch()
-        (self.dev / "fd").symlink_to("/proc/self/fd")
         (self.dev / "log").symlink_to(self.syslog.path)
 
-    def write_settings(self, text: str | None = None, **settings: Any) -> None:
+    def write_settings(self, **settings: Any) -> None:
         """Write the settings file, also while the daemon runs; what is not named stays out of it."""
-        if text is None:
-            if not str(settings.get("bind", "")).startswith("/"):
-                settings.setdefault("port", getattr(self, "port", None) or free_port())
-            settings.setdefault("statedir", self.directory / "state")
-            lists = {key: value if isinstance(value, (list, tuple)) else [value] for key, value in settings.items()}
-            text = "".join(f"{key}={value}\n" for key, values in lists.items() for value in values)
-        self.settings_file.write_bytes(text.encode())
-        self.settings_file.chmod(0o640)
-        in_force = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in text.splitlines())}
-        self.bind = in_force.get("bind", "127.0.0.1")
-        self.port = int(in_force.get("port", 9093))
-        self.statedir = Path(in_force.get("statedir", self.directory / "state"))
+        self.bind = str(settings.get("bind", "127.0.0.1"))
+        self.port = int(settings.setdefault("port", self.port))
+        self.statedir = Path(settings.setdefault("statedir", self.directory / "state"))
         self.statedir.mkdir(exist_ok=True)
+        lists = {key: value if isinstance(value, (list, tuple)) else [value] for key, value in settings.items()}
+        self.settings_file.write_text("".join(f"{key}={value}\n" for key in lists for value in lists[key]))
+        self.settings_file.chmod(0o640)
 
     def start(self) -> Policyd:
         """Start the daemon, also again, and wait until it says that it is ready."""
-        readies = sum("READY=1" in message for message in self.notifications) + 1  # reloads send it too
+        self.hang_up()
+        before = self._readies()
         with (self.directory / "stderr").open("ab") as stderr:
             as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
             self._spawn([
@@ -498,24 +454,18 @@ class Policyd(Server):
                 "sh", str(self.dev), sys.executable, str(ROOT / "policyd.py"), "-c", str(self.settings_file),
             ], stderr, **{"STATE_DIRECTORY": str(self.statedir), "NOTIFY_SOCKET": str(self.notify.path),
                           **self.environment})  # fmt: skip
-        wait_until(lambda: self._is_ready(readies), "policyd is ready")
+        wait_until(lambda: self.process.poll() is not None or self._readies() > before, "policyd is ready")
+        if self.process.poll() is not None:
+            raise RuntimeError(f"policyd ended with {self.process.returncode} before it was ready: {self.stderr}")
         return self
 
-    def _is_ready(self, readies: int) -> bool:
-        status = self.process.poll()
-        if status is not None:
-            raise RuntimeError(f"policyd ended with status {status} before it was ready:\n{self.stderr}")
-        return self.notify.wait_for("READY=1", 0.1, readies) is not None
-
-    def its_view(self, path: Path) -> Path:
-        """Return where we find what is at `path` for the running daemon."""
-        return Path(f"/proc/{self.pid}/root{path}")
+    def _readies(self) -> int:
+        """Return how often it has been ready: reloads tell it, too."""
+        return sum("READY=1" in message for message in self.notify.messages())
 
     @property
     def stderr(self) -> str:
         return (self.directory / "stderr").read_text(errors="backslashreplace")
-
-    # asking
 
     def connect(self) -> socket.socket:
         if self.bind.startswith("/"):
@@ -539,70 +489,33 @@ class Policyd(Server):
             self._connection.close()
             self._connection = None
 
-    # listening
-
     def log_lines(self) -> list[LogLine]:
-        """Return every line that has arrived at /dev/log so far."""
         return [LogLine.parse(message) for message in self.syslog.messages()]
 
     def wait_for_log(self, needle: str | re.Pattern[str], timeout: float = 10, count: int = 1) -> LogLine:
-        """Return the `count`th log line that holds `needle`, a text or a regular expression."""
-        message = self.syslog.wait_for(needle, timeout, count)
-        if message is None:
-            lines = "\n".join(line.text for line in self.log_lines())
-            pytest.fail(f"not logged within {timeout:g} s: {needle}\nthe log:\n{lines}\nstderr:\n{self.stderr}")
-        return LogLine.parse(message)
+        return LogLine.parse(self.syslog.wait_for(needle, timeout, count))
 
     def lines_so_far(self) -> list[LogLine]:
         """Return every line logged before this call: that of a message of our own, sent now, comes behind them."""
-        login = f"mark{next(_numbers)}"
+        login = f"mark{next(numbers)}"
         self.ask(sasl_username=login)
         self.wait_for_log(f"Updating db: {login}/")
         return [line for line in self.log_lines() if not re.search(r"\bmark\d+/|\bmark\d+ ", line.text)]
 
-    @property
-    def notifications(self) -> list[str]:
-        return self.notify.messages()
-
-    def wait_for_notification(self, needle: str | re.Pattern[str], timeout: float = 10, count: int = 1) -> str:
-        """Return the `count`th message to systemd that holds `needle`."""
-        message = self.notify.wait_for(needle, timeout, count)
-        if message is None:
-            pytest.fail(f"systemd was not told within {timeout:g} s: {needle}\nit was told: {self.notifications}")
-        return message
-
-    # ending
-
-    def stop(self) -> int:
-        """Send SIGTERM, wait for the end, return the exit status."""
-        self.hang_up()
-        return super().stop()
-
-    def kill(self) -> None:
-        super().kill()
-        self.hang_up()
-
     def remove(self) -> None:
-        """Stop the daemon if it runs, remove its files; no traceback may ever have been shown."""
-        try:
-            shown = ""
-            if self._process is not None:
-                self.stop()
-                shown = self.stderr
-            self.syslog.close()
-            self.notify.close()
-            shown += "\n".join(self.syslog.messages())
-            assert "Traceback" not in shown, shown
-        finally:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        """Stop the daemon, remove its files; no traceback may ever have been shown."""
+        self.hang_up()
+        self.stop()
+        self.syslog.close()
+        self.notify.close()
+        shown = self.stderr + "\n".join(self.syslog.messages())
+        super().remove()
+        assert "Traceback" not in shown, shown
 
 
 def run_policyd(*arguments: str, through: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
     """Run policyd.py with these arguments to its end, for what it does without serving; `through` another command."""
-    return subprocess.run(
-        [*through, sys.executable, str(ROOT / "policyd.py"), *arguments],
-        env={**os.environ, **environment}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
-    )
+    return run(sys.executable, str(ROOT / "policyd.py"), *arguments, through=through, **environment)
 
 
 @contextlib.contextmanager
@@ -610,15 +523,13 @@ def policyd_factory() -> Iterator[Callable[..., Policyd]]:
     """Yield a function that starts daemons; all of them are ended with the block."""
     with contextlib.ExitStack() as started:
 
-        def start(*arguments: Any, **settings: Any) -> Policyd:
-            daemon = Policyd(*arguments, **settings)
-            started.callback(daemon.remove)
+        def start(**settings: Any) -> Policyd:
+            daemon: Policyd = started.enter_context(Policyd(**settings))
+            started.callback(lambda: print(*daemon.syslog.messages(), sep="\n"))  # pytest does if the test failed
             return daemon.start()
 
         yield start
 
-
-# --- Postfix ---
 
 POSTFIX_MAIN_CF = """
 compatibility_level = 3.6
@@ -643,8 +554,8 @@ transport_maps = inline:{{ {{ later.example.net = later: }} }}
 defer_transports = later
 virtual_mailbox_base = {directory}/mail
 virtual_mailbox_maps = static:inbox/
-virtual_uid_maps = static:{uid}
-virtual_gid_maps = static:{gid}
+virtual_uid_maps = static:65534
+virtual_gid_maps = static:65534
 virtual_minimum_uid = 1
 smtpd_sasl_auth_enable = yes
 # Debian's Postfix looks in config_directory/sasl whatever this says, others only where it says.
@@ -667,8 +578,6 @@ qmgr      unix  n - n 300 1 qmgr
 rewrite   unix  - - n - - trivial-rewrite
 bounce    unix  - - n - 0 bounce
 defer     unix  - - n - 0 bounce
-trace     unix  - - n - 0 bounce
-verify    unix  - - n - 1 verify
 flush     unix  n - n 1000? 0 flush
 proxymap  unix  - - n - - proxymap
 showq     unix  n - n - - showq
@@ -676,11 +585,10 @@ error     unix  - - n - - error
 retry     unix  - - n - - error
 virtual   unix  - n n - - virtual
 anvil     unix  - - n - 1 anvil
-scache    unix  - - n - 1 scache
 postlog   unix-dgram n - n - 1 postlogd
 """
 
-SASL_SMTPD_CONF = """
+SASL = """
 pwcheck_method: auxprop
 auxprop_plugin: sasldb
 sasldb_path: {directory}/sasldb2
@@ -688,69 +596,52 @@ mech_list: PLAIN
 """
 
 
-class Postfix:
+class Postfix(Server):
     """A private Postfix with SASL logins that asks a policy server on `policy_port` or `policy_socket`.
 
-    Whether one is there is up to the test.  Mail comes in at `submission_port`; at `data_port`, where
+    Mail comes in at `submission_port`; at `data_port`, where
     policyd is asked at DATA too; or at `socket_port`, where it is asked over the unix socket.
     """
 
     logins = ("alice", "boris", "carla@example.org")
     login = logins[0]
     password = "alice's secret"
+    main_cf, master_cf = POSTFIX_MAIN_CF, POSTFIX_MASTER_CF
 
     def __init__(self) -> None:
         if os.geteuid() != 0:
             pytest.exit("only root can start Postfix: run as root, or leave it out with -m 'not postfix'", returncode=1)
-        self.directory = temporary_directory()
+        super().__init__()
         self.submission_port, self.data_port, self.socket_port, self.policy_port = (free_port() for _ in range(4))
         self.policy_socket = self.directory / "policy" / "socket"
+        self.tcp, self.unix = f"inet:127.0.0.1:{self.policy_port}", f"unix:{self.policy_socket}"
 
     def start(self) -> None:
-        """Write the configuration, start Postfix and wait until it greets."""
         self.directory.chmod(0o755)  # Postfix and its deliveries run as users of their own
         for name in ("etc", "etc/sasl", "queue", "data", "mail", "policy"):
             (self.directory / name).mkdir()
         shutil.chown(self.directory / "data", "postfix")
-        shutil.chown(self.directory / "mail", "nobody", "nogroup")
+        shutil.chown(self.directory / "mail", 65534, 65534)  # nobody's
         # Set-group-id: the socket policyd makes here (mode 0660) belongs to the group of smtpd.
         shutil.chown(self.directory / "policy", group="postfix")
         (self.directory / "policy").chmod(0o2755)
-        self._write_configuration()
+        for name, text in {"main.cf": self.main_cf, "master.cf": self.master_cf, "sasl/smtpd.conf": SASL}.items():
+            (self.directory / "etc" / name).write_text(text.format(**vars(self)))
         for login in self.logins:
-            self.add_login(login)
+            user, _, realm = login.partition("@")
+            command = [program("saslpasswd2", "sasl2-bin libsasl2-modules"), "-p", "-c", "-u",
+                       realm or "relay.example.org", "-f", str(self.directory / "sasldb2"), user]  # fmt: skip
+            subprocess.run(command, input=self.password, text=True, check=True, timeout=60)
+        shutil.chown(self.directory / "sasldb2", "postfix")
         self.launch()
 
-    def _write_configuration(self) -> None:
-        mail = (self.directory / "mail").stat()
-        values = {**vars(self), "uid": mail.st_uid, "gid": mail.st_gid, "unix": f"unix:{self.policy_socket}",
-                  "tcp": f"inet:127.0.0.1:{self.policy_port}"}  # fmt: skip
-        files = {"main.cf": POSTFIX_MAIN_CF, "master.cf": POSTFIX_MASTER_CF, "sasl/smtpd.conf": SASL_SMTPD_CONF}
-        for name, text in files.items():
-            (self.directory / "etc" / name).write_text(text.format(**values))
-
     def launch(self) -> None:
-        """Start what is configured, also again, and wait until it greets."""
         self._run("postfix", "start")
         for port in (self.submission_port, self.data_port, self.socket_port):
             wait_until(partial(self._greets, port), f"Postfix greets on port {port}")
 
-    def add_login(self, login: str) -> None:
-        """Let one more login in, with the password of all."""
-        file = self.directory / "sasldb2"
-        user, _, realm = login.partition("@")
-        saslpasswd = program("saslpasswd2", "sasl2-bin libsasl2-modules")
-        subprocess.run(
-            [saslpasswd, "-p", "-c", "-f", str(file), "-u", realm or "relay.example.org", user],
-            input=self.password, text=True, check=True, timeout=60,
-        )
-        shutil.chown(file, "postfix")
-
     def _run(self, *command: str) -> str:
-        done = subprocess.run(
-            [program(command[0], "postfix"), "-c", str(self.directory / "etc"), *command[1:]],
-            env={**os.environ, "PATH": PATH}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
-        )
+        done = run(program(command[0], "postfix"), "-c", str(self.directory / "etc"), *command[1:])
         if done.returncode != 0:
             pytest.fail(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}\n{self.log}")
         return done.stdout
@@ -783,10 +674,6 @@ class Postfix:
         listed = (json.loads(line) for line in self._run("postqueue", "-j").splitlines())
         return {message["queue_id"]: message["queue_name"] for message in listed}
 
-    def queue_name(self, queue_id: str) -> str | None:
-        """Return the name of the queue a message is in, or None if it is in none of them."""
-        return self.queue().get(queue_id)
-
     def delete(self, queue_id: str) -> None:
         """Delete a queued message, or with `ALL` all of them."""
         self._run("postsuper", "-d", queue_id)
@@ -794,16 +681,8 @@ class Postfix:
     def delivered(self) -> list[str]:
         return [file.read_text() for file in (self.directory / "mail" / "inbox" / "new").glob("*")]
 
-    def remove(self) -> None:
-        """Stop Postfix, for sure, and remove all it wrote."""
-        print(self.log)  # shown if the start failed
-        try:
-            self.stop()
-        finally:
-            shutil.rmtree(self.directory, ignore_errors=True)
-
-    def stop(self) -> None:
-        """Stop Postfix, for sure."""
+    def stop(self) -> int:
+        print(self.log)  # shown if a test failed
         pid_file = self.directory / "queue" / "pid" / "master.pid"
         if pid_file.exists():
             master_pid = int(pid_file.read_text())
@@ -814,6 +693,7 @@ class Postfix:
                     os.killpg(master_pid, signal.SIGKILL)  # the master leads the process group of all its children
                 pid_file.unlink(missing_ok=True)
             wait_until(self._is_gone, "nobody listens for postqueue any more")
+        return 0
 
     def _is_gone(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:

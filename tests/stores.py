@@ -10,31 +10,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, Callable, NamedTuple, Union
 
 import pytest
 from servers import Database
 
-from policyd import (
-    CODECS,
-    DAY_S,
-    Event,
-    Log,
-    MariaDBRepository,
-    Repository,
-    Settings,
-    SQLiteRepository,
-    Usage,
-    fit,
-    open_repository,
-)
+from policyd import CODECS, DAY_S, Event, Log, MariaDBRepository, Repository, Settings, SQLiteRepository, Usage, fit
 
 Row = tuple[str, str, str, Union[int, None]]
 
 A_DAY_LESS_A_MINUTE, A_DAY_AND_A_MINUTE = DAY_S - 60, DAY_S + 60
-GENEROUS = Settings(defaultquota=10**6)  # the quota is never reached, and no history is a long one
+GENEROUS = Settings(defaultquota=10**6, hourquota=10**6)  # the quota is never reached, and no history is a long one
 
 
 class Clock:
@@ -63,12 +50,10 @@ def incident(login: str, which: str) -> Event:
 
 
 def usages(repository: Repository, events: Sequence[Event], settings: Settings = GENEROUS) -> list[Usage]:
-    """Return the usages of events that have been inserted."""
     return repository.usages(events, settings, soon())
 
 
 def sums(repository: Repository, events: Sequence[Event], settings: Settings = GENEROUS) -> list[int]:
-    """Return the sums of events that have been inserted."""
     return [usage.recipients for usage in usages(repository, events, settings)]
 
 
@@ -88,34 +73,28 @@ def read_settings(*lines: str, **values: object) -> Settings:
 
 def maria_repository(database: Database, **changes: str) -> MariaDBRepository:
     """Return a repository on the database, as another daemon would have it."""
-    repository = open_repository(read_settings(**{**database.settings(), **changes}))
-    assert isinstance(repository, MariaDBRepository)
+    repository = MariaDBRepository(read_settings(**{**database.settings(), **changes}))
     repository.resolve()
     return repository
 
 
 class Store:
-    """A table; `repository` is policyd's way to it, and `settings` lead a daemon here."""
+    """A table; `repository` is policyd's way to it, and `settings` lead a daemon here.
+
+    another() is a second repository, as another relay or another process has it; add() puts in rows of this age, each a
+    millisecond older than the one before it.
+    """
 
     ROWS = "SELECT sasl_username, sender, client_address, recipient_count FROM events ORDER BY ts, sasl_username"
     TIMES: str
     repository: Repository
     settings: dict[str, str]
+    another: Callable[[], Repository]
+    add: Callable[[Sequence[Row], float], None]
+    _query: Callable[[str], list[Any]]
     width: int | None = None  # of a login
 
-    def another(self) -> Repository:
-        """Return a second repository, as another relay or another process has it."""
-        raise NotImplementedError
-
-    def add(self, rows: Sequence[Row], age_s: float) -> None:
-        """Put in rows of this age, each a millisecond older than the one before it."""
-        raise NotImplementedError
-
-    def _query(self, statement: str) -> list[Any]:
-        raise NotImplementedError
-
     def rows(self) -> list[Row]:
-        """Return what is in the table, oldest first."""
         return self._query(self.ROWS)
 
     def times(self) -> list[tuple[int, str, int | None]]:
@@ -123,7 +102,6 @@ class Store:
         return self._query(self.TIMES)
 
     def clear(self) -> None:
-        """Empty the table."""
         self._query("DELETE FROM events")
 
     def stored(self, event: Event) -> Row:
@@ -132,8 +110,6 @@ class Store:
 
 
 class MariaStore(Store):
-    """A MariaDB table."""
-
     TIMES = (
         "SELECT CAST(ROUND(UNIX_TIMESTAMP(ts) * 1000) AS SIGNED), sasl_username, recipient_count"
         " FROM events ORDER BY ts, sasl_username"
@@ -164,8 +140,6 @@ class MariaStore(Store):
 
 
 class SQLiteStore(Store):
-    """An embedded store."""
-
     TIMES = "SELECT ts, sasl_username, recipient_count FROM events ORDER BY ts, rowid"
 
     def __init__(self, path: Path) -> None:
@@ -207,8 +181,6 @@ def total(store: Store, login: str | None = None) -> int:
 
 
 class LoggedLine(NamedTuple):
-    """One line and its level."""
-
     level: str
     text: str
 
@@ -220,17 +192,10 @@ class KeptLog(Log):
         super().__init__()
         self.lines: list[LoggedLine] = []
         for level in ("info", "warning", "error"):
-            setattr(self, level, partial(self._keep, level))
-
-    def _keep(self, level: str, line: str) -> None:
-        self.lines.append(LoggedLine(level, line))
+            setattr(self, level, lambda line, level=level: self.lines.append(LoggedLine(level, line)))
 
     def errors(self) -> list[str]:
-        """Return the lines of level error."""
         return [line.text for line in self.lines if line.level == "error"]
-
-
-# --- getting in the way of MariaDB ---
 
 
 @contextlib.contextmanager
@@ -242,7 +207,6 @@ def session(database: Database) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def table_locked(database: Database) -> Iterator[None]:
-    """Keep everybody else from the table."""
     with session(database) as cursor:
         cursor.execute("LOCK TABLES events WRITE")
         yield
@@ -285,7 +249,6 @@ class Door(socketserver.ThreadingTCPServer):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def shut(self) -> None:
-        """Refuse new connections and end the others."""
         self.shutdown()
         self.server_close()
         for connection in self.passing:
@@ -305,7 +268,6 @@ class DoorHandler(socketserver.BaseRequestHandler):
             back.join()
 
     def pump(self, source: socket.socket, target: socket.socket) -> None:
-        """Pass on all that comes, then the end."""
         with contextlib.suppress(OSError):
             while received := source.recv(65536):
                 if source is self.request and self.server.delay_s:

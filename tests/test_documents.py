@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from daemons import running_here
 from servers import ROOT, program
-from stores import KeptLog
+from stores import KeptLog, SQLiteStore, read_settings
 
 import policyd
-from policyd import Event, Limits, Settings, Usage, decide
+from policyd import Limits, Settings, Usage, decide
 
 EXAMPLE, PAGE = ROOT / "policyd.cfg.example", ROOT / "policyd.8"
 ADMIN = ROOT / "scripts" / "policyd-admin"
@@ -25,10 +25,10 @@ SOURCE = (ROOT / "policyd.py").read_text()
 FIELDS = {field.name: field.metadata["restart"] for field in dataclasses.fields(Settings) if field.metadata}
 # These have no default, or one that depends on where policyd runs: the example shows what they look like.
 WITHOUT_DEFAULT = {
-    "always_allow", "blacklist", "dbhost", "dbname", "dbssl_ca", "dbssl_cert", "dbssl_key", "dbssl_name", "dbuser",
+    "always_allow", "blacklist", "dbname", "dbssl_ca", "dbssl_cert", "dbssl_key", "dbssl_name", "dbuser",
     "hold_message", "on_stop", "quota", "reject_message", "rejectquota", "statedir", "trusted_network", "whitelist",
 }  # fmt: skip
-PROPOSED = {"early_signs": "audit", "keep_days": "30"}  # the example shows these, and says what the default is
+PROPOSED = {"early_signs": ("audit", "no"), "keep_days": ("30", "7")}  # the example shows these, and tells the default
 DATABASE = "dbname=policyd\ndbuser=policyd\n"  # a db... setting counts only together with these
 
 VERDICTS = [decide(usage, Limits(1500, 3000, 300, 5, 100, True)) for usage in (  # one of each kind
@@ -38,14 +38,7 @@ VERDICTS = [decide(usage, Limits(1500, 3000, 300, 5, 100, True)) for usage in ( 
 ANSWERS = {f"{verdict.action} {verdict.reason}" for verdict in VERDICTS} | {"HOLD blacklisted"}
 
 
-def read(tmp_path: Path, text: str) -> Settings:
-    path = tmp_path / "policyd.cfg"
-    path.write_text(text)
-    return Settings.from_file(str(path))
-
-
 def output_of(*arguments: object) -> str:
-    """Return what one of our programs prints."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.check_output(command, stdin=subprocess.DEVNULL, text=True, timeout=60)
 
@@ -58,69 +51,48 @@ def commands_of_admin() -> set[str]:
     return set(re.findall("^  ([a-z]+) ", output_of(ADMIN, "--help"), re.MULTILINE))
 
 
-# --- policyd.cfg.example ---
-
-
 def commented() -> list[tuple[str, str]]:
     """Return the settings of the example, (key, value), in their order: "#key=value", where "# text" is a comment."""
     lines = (re.fullmatch(r"#([a-z_]+)=(.*)", line) for line in EXAMPLE.read_text().splitlines())
     return [(match[1], match[2]) for match in lines if match]
 
 
-def comment_above(key: str) -> str:
-    """Return the paragraph that explains a setting, on one line."""
-    above = EXAMPLE.read_text().split(f"\n#{key}=")[0].rpartition("\n\n")[2]
-    return " ".join(line.lstrip("# ") for line in above.splitlines())
-
-
 def test_the_example_has_and_explains_every_setting_and_changes_nothing_as_it_is() -> None:
-    """Some lines of comment stand above each, or above the settings of its group."""
+    """Some lines of comment stand above each, or above the settings of its group; and it says what needs a restart."""
     assert {key for key, _ in commented()} == set(FIELDS)
     assert Settings.from_file(str(EXAMPLE)).lines == {}
-    before = ""
-    for line in EXAMPLE.read_text().splitlines():
-        assert not re.match("#[a-z_]+=", line) or before.startswith("#"), line
-        before = line
+    text = EXAMPLE.read_text()
+    assert not re.search("^(?!#).*\n#[a-z_]+=", text, re.MULTILINE)
+    (sentence,) = re.findall(r"applies all of them but (.*), which need a restart", text.replace("\n# ", " "))
+    named = set(re.findall("[a-z_]{4,}", sentence)) & set(FIELDS) | {key for key in FIELDS if key.startswith("db")}
+    assert named == {key for key, needs_restart in FIELDS.items() if needs_restart}
 
 
-def test_each_line_of_the_example_is_accepted_and_shows_the_default(tmp_path: Path) -> None:
+def test_each_line_of_the_example_is_accepted_and_shows_the_default() -> None:
     """And all of them together; but for those that name files."""
     lines = [(key, value) for key, value in commented() if not key.startswith("dbssl")]
+    prose = EXAMPLE.read_text().replace("\n# ", " ")
     for key, value in lines:
         around = DATABASE.replace(f"{key}=policyd\n", "") if key.startswith("db") else ""
-        settings = read(tmp_path, f"{around}{key}={value}\n")
-        if key in PROPOSED:
-            assert value == PROPOSED[key]
-            assert f"The default is {getattr(Settings(), key)}." in comment_above(key)
-        elif key not in WITHOUT_DEFAULT:
-            assert getattr(settings, key) == getattr(Settings(), key), key
-    settings = read(tmp_path, "".join(f"{key}={value}\n" for key, value in lines))
-    assert settings.dbhost == read(tmp_path, DATABASE).dbhost
+        settings = read_settings(f"{around}{key}={value}")
+        if key not in WITHOUT_DEFAULT:
+            default = getattr(Settings(), key)
+            assert getattr(settings, key) == default or (value, str(default)) == PROPOSED.get(key), key
+            assert key not in PROPOSED or f"The default is {default}." in prose, key
+    settings = read_settings(*(f"{key}={value}" for key, value in lines))
     assert settings.whitelist.line_of([], "2001:db8:25::1")
     assert settings.blacklist.line_of([], "198.51.100.255")
 
 
-def test_the_example_says_what_needs_a_restart() -> None:
-    text = EXAMPLE.read_text().replace("\n# ", " ")
-    sentence = re.search(r"applies all of them but (.*), which need a restart", text)
-    assert sentence
-    named = set(re.findall("[a-z_]{4,}", sentence[1])) & set(FIELDS) | {key for key in FIELDS if key.startswith("db")}
-    assert named == {key for key, needs_restart in FIELDS.items() if needs_restart}
-
-
 CODE = r"(?<=\n\n)(?: {4}.*\n|\n(?= {4}))+"
-
-
-def prose_of(readme: Path) -> str:
-    """Return the text without what is indented."""
-    return re.sub(CODE, "", readme.read_text())
 
 
 def test_both_readmes_have_the_same_sections_tables_and_commands_and_name_the_same_things() -> None:
     """Settings, files and log lines are words of the program: they are not translated; nor is either text long."""
     found = []
     for readme, most in ((README, 240), (FRENCH, 260)):
-        text, prose = readme.read_text(), prose_of(readme)
+        text = readme.read_text()
+        prose = re.sub(CODE, "", text)
         assert len(text.splitlines()) <= most
         code = [re.sub(" +# .*", "", block) for block in re.findall(CODE, text)]
         assert len(code) > 10
@@ -132,15 +104,15 @@ def test_both_readmes_have_the_same_sections_tables_and_commands_and_name_the_sa
 
 
 @pytest.mark.parametrize("readme", [README, FRENCH], ids=lambda path: path.name)
-def test_what_the_readme_names_is_there(tmp_path: Path, readme: Path) -> None:
+def test_what_the_readme_names_is_there(readme: Path) -> None:
     """Each answer in its table; settings that are accepted, files, commands; and the line for Postfix."""
     text = readme.read_text()
     assert set(re.findall(r"^\| [^|]+ \| `([^`]+)` \| ", text, re.MULTILINE)) == ANSWERS | {"DUNNO"}
-    given = re.findall(r"`([a-z_]+)=([^` ]+(?: [^`]+)?)`", prose_of(readme))
+    given = re.findall(r"`([a-z_]+)=([^` ]+(?: [^`]+)?)`", re.sub(CODE, "", text))
     assert {key for key, _ in given} <= set(FIELDS) | {"action", "default_action", "inet_protocols"}
     for key, value in given:
         if key in FIELDS:
-            read(tmp_path, (DATABASE if key.startswith("db") else "") + f"{key}={value}\n")
+            read_settings((DATABASE if key.startswith("db") else "") + f"{key}={value}")
     names = set(re.findall(r"(?<![\w/])(?:\./)?(scripts/[\w.-]+\w|[\w.]+\.(?:md|py|cfg\.example))\b", text))
     assert {"scripts/install.sh", "scripts/build-deb.sh", "scripts/test.sh", "CHANGELOG.md", "policyd.py"} <= names
     assert [name for name in names if not (ROOT / name).exists()] == []
@@ -163,20 +135,16 @@ def test_what_the_readme_shows_is_what_policyd_logs_and_policyd_admin_prints(tmp
     line = r"policyd\[\d+\]: DEFERRING (.*) for user \S+ using \S+ from ip \[\S+\], queue_id=\w+$"
     (shown,) = re.findall(line, README.read_text(), re.MULTILINE)
     assert shown in [verdict.said for verdict in VERDICTS]
-    settings = read(tmp_path, f"statedir={tmp_path}\n")
-    policyd.open_repository(settings).insert([Event("anna", "anna@example.org", "192.0.2.31", 2)], 0)
-    (heading,) = re.findall("^rank .*", output_of(ADMIN, "top", "-c", tmp_path / "policyd.cfg"), re.MULTILINE)
+    file, store = tmp_path / "policyd.cfg", SQLiteStore(tmp_path / "events.sqlite3")
+    file.write_text(f"statedir={tmp_path}\n")
+    store.add([("anna", "anna@example.org", "192.0.2.31", 2)], 0)
+    (heading,) = re.findall("^rank .*", output_of(ADMIN, "top", "-c", file), re.MULTILINE)
     assert f"\n    {heading.strip()}\n" in README.read_text()  # and so in the other language, which has the same
 
 
-# --- policyd.8 ---
-
-
 def section(name: str) -> str:
-    """Return a section of the manual page."""
-    match = re.search(rf"^\.Sh {name}\n(.*?)(?=^\.Sh |\Z)", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    assert match, name
-    return match[1]
+    (text,) = re.findall(rf"^\.Sh {name}\n(.*?)(?=^\.Sh |\Z)", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    return str(text)
 
 
 def test_the_manual_page_is_in_order_and_has_every_setting_with_its_default_and_how_it_is_applied() -> None:
@@ -185,7 +153,7 @@ def test_the_manual_page_is_in_order_and_has_every_setting_with_its_default_and_
     assert (lint.returncode, lint.stdout, lint.stderr) == (0, "", "")
     items = re.findall(r"^\.It Ic (\w+)( No \+)? Ta (.+) Ta (reload|restart)$", section("SETTINGS"), re.MULTILINE)
     assert sorted(key for key, *_ in items) == sorted(FIELDS)
-    shown = {**dict(commented()), **{key: str(getattr(Settings(), key)) for key in PROPOSED}}
+    shown = {**dict(commented()), **{key: default for key, (_, default) in PROPOSED.items()}}
     for key, repeated, default, change in items:
         assert change == ("restart" if FIELDS[key] else "reload"), key
         assert bool(repeated) == (key in policyd.REPEATED), key
@@ -218,21 +186,21 @@ def test_the_manual_page_has_each_line_of_the_log_with_its_answer() -> None:
 def test_the_manual_page_has_each_file_and_what_go_policyd_knows() -> None:
     named = set(re.findall(r"^\.It Pa ([\w.]+)$", section("FILES"), re.MULTILINE))
     ours = set(re.findall(r'"(\w+\.(?:sqlite3|json|prom|pid))"', SOURCE))
-    assert named == ours - {"notified.json"}  # of version 0.1, removed at the start
+    assert named == ours - {"notified.json"}  # of 0.1: removed at the start
     installed = set(re.findall(r"share/policyd/([\w.-]+)", (ROOT / "scripts" / "install.sh").read_text()))
     assert set(re.findall(r"Pa share/policyd/([\w.-]+)", section("FILES"))) == installed
-    known = re.search(r"\nIt knows\n(.*?):", section("FROM GO-POLICYD"), re.DOTALL)
-    assert known
-    assert len(set(re.findall(r"[a-z_]{4,}", known[1])) & set(FIELDS)) == 11
+    (known,) = re.findall(r"\nIt knows\n(.*?):", section("FROM GO-POLICYD"), re.DOTALL)
+    assert len(set(re.findall(r"[a-z_]{4,}", known)) & set(FIELDS)) == 11
 
 
 def test_the_manual_page_has_each_metric_and_the_line_of_figures(tmp_path: Path, logged: KeptLog) -> None:
     path = tmp_path / "policyd.cfg"
     path.write_text(f"bind={tmp_path}/socket\nstatedir={tmp_path}\n")
     with running_here(path) as here:
-        here.daemon._policy.figures.note("boris", "HOLD", is_audit=True)
-        names = set(re.findall("^(policyd_[a-z0-9_]+)", here.daemon.metrics(), re.MULTILINE))
-        status = re.sub("down since [^,]+", "up", here.daemon.status())  # it has hardly begun
+        here._policy.figures.note("boris", "HOLD", is_audit=True)
+        here.publish()
+        names = set(re.findall("^(policyd_[a-z0-9_]+)", (tmp_path / "policyd.prom").read_text(), re.MULTILINE))
+        status = re.sub("down since [^,]+", "up", here.status())  # it has hardly begun
         status = status.replace(f"unix:{tmp_path}/socket", "inet:127.0.0.1:9093")
     text = section("MONITORING")
     assert names == set(re.findall(r"^\.It Li (policyd_[a-z0-9_]+)", text, re.MULTILINE))

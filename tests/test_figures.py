@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import stat
+import threading
 import time
 from pathlib import Path
 from typing import Callable
@@ -18,9 +19,8 @@ from hypothesis import strategies as st
 from servers import DUNNO, HOLD, REJECT, Database, Policyd, free_port, read_answer, request_bytes, wait_until
 from stores import DAY_S, Clock, KeptLog, SQLiteStore
 
-from policyd import Figures
+from policyd import Daemon, Figures
 
-Start = Callable[..., Policyd]
 Samples = dict[str, float]
 
 QUOTA = 10
@@ -40,18 +40,15 @@ def test_the_99th_percentile_is_what_99_of_100_answers_kept_to(times: list[float
     assert sum(seconds < p99 for seconds in times) < 0.99 * len(times) <= sum(seconds <= p99 for seconds in times)
 
 
-def test_the_99th_percentile_is_that_of_the_last_10_000_answers_and_0_without_any() -> None:
-    figures = Figures()
-    assert figures.p99_s() == 0
+def test_the_99th_percentile_is_that_of_the_last_10_000_answers_and_a_login_is_held_once() -> None:
+    """Until it is under the limit again, or for a day."""
+    clock = Clock()
+    figures = Figures(clock)
+    assert figures.p99_s() == 0, "without any"
     for n in range(11_000):
         figures.count("DUNNO", 9.0 if n < 1000 else 0.25)
     assert figures.p99_s() == 0.25
     assert figures.answered["DUNNO"] == 11_000, "what is counted is counted from the start"
-
-
-def test_a_login_is_held_once_until_it_is_under_the_limit_again_or_for_a_day() -> None:
-    clock = Clock()
-    figures = Figures(clock)
     for login, action, held in [("anna", "HOLD", 1), ("anna", "REJECT", 1), ("bert", "HOLD", 2), ("anna", "DUNNO", 1)]:
         figures.note(login, action)
         assert figures.logins_held() == held
@@ -61,36 +58,28 @@ def test_a_login_is_held_once_until_it_is_under_the_limit_again_or_for_a_day() -
         assert figures.logins_held() == held
 
 
-FAMILY = re.compile(
-    r"# HELP (policyd_[a-z0-9_]+) (?:[^\\\n]|\\[\\n])+\n# TYPE \1 (counter|gauge)\n"
-    r"""((?:\1(?:\{[a-z_]+="[^"\\\n]*"\})? [0-9.e+-]+\n)+)"""
+FAMILY = (
+    r"# HELP (policyd_[a-z0-9_]+) (?:[^\\\n]|\\[\\n])+\n# TYPE \1 (?:counter|gauge)\n"
+    r"""(?:\1(?:\{[a-z_]+="[^"\\\n]*"\})? [0-9.e+-]+\n)+"""
 )
 
 
 def parse(text: str) -> Samples:
     """Return the samples of a file in Prometheus' text format 0.0.4, of which no letter may be wrong."""
-    samples: Samples = {}
-    while text:
-        family = FAMILY.match(text)
-        assert family, f"not a line of HELP, one of TYPE and samples, or half of one: {text!r}"
-        assert (family[2] == "counter") == family[1].endswith("_total"), f"promtool would complain: {text!r}"
-        assert f"# TYPE {family[1]} " not in text[family.end() :], "twice"
-        for line in family[3].splitlines():
-            name, value = line.rsplit(" ", 1)
-            assert name not in samples, "twice"
-            samples[name] = float(value)
-        text = text[family.end() :]
-    return samples
+    assert re.fullmatch(f"(?:{FAMILY})*", text), f"each has a line of HELP, one of TYPE and samples: {text!r}"
+    kinds = re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE)
+    assert all((kind == "counter") == name.endswith("_total") for name, kind in kinds), "promtool would complain"
+    samples = re.findall(r"^(policyd_.*) (\S+)$", text, re.MULTILINE)
+    assert (len(dict(kinds)), len(dict(samples))) == (len(kinds), len(samples)), "twice"
+    return {name: float(value) for name, value in samples}
 
 
 def answers(metric: str, **numbers: int) -> Samples:
-    """Return the samples of a counter of answers."""
     return {f'policyd_{metric}{{answer="{answer}"}}': number for answer, number in numbers.items()}
 
 
 NOTHING_YET = {
-    **answers("requests_total", DUNNO=0, HOLD=0, REJECT=0),
-    **answers("audited_total", HOLD=0, REJECT=0),
+    **answers("requests_total", DUNNO=0, HOLD=0, REJECT=0), **answers("audited_total", HOLD=0, REJECT=0),
     "policyd_logins_held": 0, "policyd_database_up": 1, "policyd_database_down_seconds": 0, "policyd_journal_events": 0,
     "policyd_answer_p99_seconds": 0, "policyd_connections": 0,
 }  # fmt: skip
@@ -104,12 +93,14 @@ class Here:
         self.write_settings()
 
     def write_settings(self, **settings: object) -> None:
-        """Write the settings file."""
         settings.update(defaultquota=QUOTA, blacklist="phished", port=self.port, statedir=self.file.parent)
         self.file.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
 
+    def figures(self, daemon: Daemon) -> Samples:
+        daemon.publish()
+        return parse(self.prom.read_text())
+
     def ask(self, login: str, recipients: int) -> str:
-        """Ask on a connection of its own."""
         with socket.create_connection(("127.0.0.1", self.port), 20) as connection:
             connection.sendall(request_bytes(sasl_username=login, recipient_count=recipients))
             return read_answer(connection)
@@ -127,23 +118,23 @@ def test_all_figures_are_those_of_what_was_answered(here: Here, mode: str) -> No
     with running_here(here.file) as daemon, socket.create_connection(("127.0.0.1", here.port)):
         for login, recipients, answer in SERIES:
             assert here.ask(login, recipients) == (answer if mode == "enforce" else DUNNO)
-        wait_until(lambda: "; 1 connections;" in daemon.daemon.status(), "all others have gone")
+        wait_until(lambda: "; 1 connections;" in daemon.status(), "all others have gone")
         text, found = "3 DUNNO, 4 HOLD, 1 REJECT", answers("requests_total", DUNNO=3, HOLD=4, REJECT=1)
         if mode == "audit":
             text = "8 DUNNO, 0 HOLD, 0 REJECT (audit: 4 would HOLD, 1 would REJECT)"
             found = answers("requests_total", DUNNO=8) | answers("audited_total", HOLD=4, REJECT=1)
-        figures = parse(daemon.daemon.metrics())
+        figures = here.figures(daemon)
         p99 = figures["policyd_answer_p99_seconds"]
         assert 1e-6 < p99 < 20
         found |= {"policyd_logins_held": 3, "policyd_connections": 1, "policyd_answer_p99_seconds": p99}
         assert figures == {**NOTHING_YET, **found}
-        assert daemon.daemon.status() == (
+        assert daemon.status() == (
             f"8 requests: {text}; 3 logins held; 1 connections; p99 {p99 * 1000:.1f} ms; database up, 0 events in the"
             f" journal; on inet:127.0.0.1:{here.port}"
         )
 
 
-def test_who_is_forgiven_is_not_among_the_logins_held_once_he_sends_again(policyd: Start) -> None:
+def test_who_is_forgiven_is_not_among_the_logins_held_once_he_sends_again(policyd: Callable[..., Policyd]) -> None:
     """The same line goes to the log and to systemd; the file is there from the start on, for everybody to read."""
     daemon = policyd(environment={"WATCHDOG_USEC": "100000"}, defaultquota=QUOTA)
     file = daemon.statedir / "policyd.prom"
@@ -152,15 +143,13 @@ def test_who_is_forgiven_is_not_among_the_logins_held_once_he_sends_again(policy
     assert stat.S_IMODE(file.stat().st_mode) == 0o644
     assert [path.name for path in file.parent.glob("policyd.prom*")] == ["policyd.prom"]
     assert [daemon.ask(sasl_username=login, recipient_count=QUOTA) for login in ("anna", "bert")] == [HOLD] * 2
-    daemon.wait_for_log("DEFERRING overquota (10>10) for user bert")
     line = status(daemon)
     assert line.level == "info"
     assert line.text.startswith("2 requests: 0 DUNNO, 2 HOLD, 0 REJECT; 2 logins held; 1 connections; p99 ")
-    daemon.wait_for_notification("STATUS=2 requests: 0 DUNNO, 2 HOLD, 0 REJECT; 2 logins held;")
+    daemon.notify.wait_for("STATUS=2 requests: 0 DUNNO, 2 HOLD, 0 REJECT; 2 logins held;")
     SQLiteStore(daemon.statedir / "events.sqlite3").clear()
     assert "; 2 logins held; " in status(daemon).text
     assert daemon.ask(sasl_username="anna") == DUNNO
-    daemon.wait_for_log("Updating db: anna/alice@example.org/192.0.2.1/1/1")
     assert "; 1 logins held; " in status(daemon).text
 
 
@@ -173,22 +162,21 @@ def test_all_figures_tell_that_the_database_is_down_and_since_when(here: Here, d
         database.query("RENAME TABLE events TO away")
         before = time.time()
         assert [here.ask("anna", 1) for _ in range(2)] == [DUNNO] * 2
-        match = re.search(r"; database down since ([-0-9]+ [:0-9]+), 2 events in the journal", daemon.daemon.status())
-        assert match
-        assert before - 2 <= time.mktime(time.strptime(match[1], "%Y-%m-%d %H:%M:%S")) <= time.time() + 2
-        wait_until(lambda: parse(daemon.daemon.metrics())["policyd_database_down_seconds"] >= 1, "a second has passed")
-        assert parse(daemon.daemon.metrics()).items() >= {"policyd_database_up": 0, "policyd_journal_events": 2}.items()
+        (since,) = re.findall(r"; database down since ([-0-9]+ [:0-9]+), 2 events in the journal", daemon.status())
+        assert before - 2 <= time.mktime(time.strptime(since, "%Y-%m-%d %H:%M:%S")) <= time.time() + 2
+        wait_until(lambda: here.figures(daemon)["policyd_database_down_seconds"] >= 1, "a second has passed")
+        assert here.figures(daemon).items() >= {"policyd_database_up": 0, "policyd_journal_events": 2}.items()
         database.query("RENAME TABLE away TO events")
-        wait_until(lambda: "; database up, 0 events in the journal" in daemon.daemon.status(), "it is up again", 60)
+        wait_until(lambda: "; database up, 0 events in the journal" in daemon.status(), "it is up again", 60)
         up = {"policyd_database_up": 1, "policyd_database_down_seconds": 0}
-        assert parse(daemon.daemon.metrics()).items() >= up.items()
+        assert here.figures(daemon).items() >= up.items()
 
 
-def test_without_a_database_all_say_down_from_the_start_on(policyd: Start) -> None:
+def test_without_a_database_all_say_down_from_the_start_on(policyd: Callable[..., Policyd]) -> None:
     """The first status to systemd, the status line and the file of figures; also that the journal cannot be used."""
     daemon = policyd(dbhost="127.0.0.1", dbport=free_port(), dbname="x", dbuser="x")
     down = r"; database down since [-0-9]+ [:0-9]+, {} events in the journal{}; on"
-    assert re.search(down.format(0, ""), daemon.notifications[0])
+    assert re.search(down.format(0, ""), daemon.notify.messages()[0])
     wait_until((daemon.statedir / "policyd.prom").exists, "the figures are written")
     assert parse((daemon.statedir / "policyd.prom").read_text())["policyd_database_up"] == 0
     assert re.search(down.format(0, ""), status(daemon).text)
@@ -202,22 +190,26 @@ def test_without_a_database_all_say_down_from_the_start_on(policyd: Start) -> No
 
 
 def test_nobody_ever_reads_half_a_file_and_one_that_cannot_be_written_is_warned_of_once(
-    here: Here, logged: KeptLog, monkeypatch: pytest.MonkeyPatch
+    here: Here, logged: KeptLog
 ) -> None:
     """Not once a minute; and mail flows."""
-    monkeypatch.setattr("policyd.FIGURES_S", 0)
     in_the_way = here.prom.with_name("policyd.prom.new")
-    complaint = ("warning", f"no file of figures: [Errno 21] Is a directory: '{in_the_way}'")
+    complaint = ("warning", f"{here.prom} cannot be written: Is a directory")
     in_the_way.mkdir()
-    with running_here(here.file):
+    with running_here(here.file) as daemon:
         wait_until(lambda: complaint in logged.lines, "it is warned of")
+        daemon.publish()
         assert [here.ask("anna", recipients) for recipients in (9, 1)] == [DUNNO, HOLD]
         in_the_way.rmdir()
-        wait_until(here.prom.exists, "it is tried again")
-        seen = set()
-        for _ in range(2000):
+        daemon.publish()
+        seen, is_over = set(), threading.Event()
+        publish = iter(lambda: is_over.is_set() or daemon.publish(), True)
+        writing = threading.Thread(target=lambda: [*publish], daemon=True)
+        writing.start()
+        while len(seen) < 10:  # a new one each time
             with here.prom.open() as file:
                 assert parse(file.read()).keys() == NOTHING_YET.keys()
                 seen.add(os.fstat(file.fileno()).st_mtime_ns)
+        is_over.set()
+        writing.join()
         assert logged.lines.count(complaint) == 1
-    assert len(seen) > 10, "a new one each time"

@@ -1,4 +1,4 @@
-"""What MariaDB alone brings with it: the table, its upgrade, refused rows, other relays, and errors."""
+"""What MariaDB alone brings with it: the table, refused rows, other relays, errors; what others do otherwise there."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from servers import Database, free_port, wait_until
+from daemons import errors
+from servers import DUNNO, Database, Policyd, free_port, run_policyd, wait_until
 from stores import (
     Door,
+    DoorHandler,
     KeptLog,
     MariaStore,
     count,
@@ -32,7 +35,7 @@ from stores import (
     total,
 )
 
-from policyd import LATE_ROW_S, Event, MariaDBRepository, RepositoryUnavailable, Settings
+from policyd import LATE_ROW_S, Event, Journal, MariaDBRepository, RepositoryUnavailable, Settings, SQLiteRepository
 
 pytestmark = pytest.mark.mariadb
 ENDED = re.compile(r"\((1969|1205|3024),")  # a statement that took too long, in MariaDB's words and in MySQL's
@@ -45,7 +48,6 @@ def created(database: Database) -> str:
 
 
 def unavailable(work: Callable[..., Any], *arguments: Any) -> str:
-    """Return what a repository complains of."""
     with pytest.raises(RepositoryUnavailable) as error:
         work(*arguments)
     return str(error.value)
@@ -53,7 +55,6 @@ def unavailable(work: Callable[..., Any], *arguments: Any) -> str:
 
 @pytest.fixture
 def doors(database: Database) -> Iterator[list[Door]]:
-    """Two ways to the server."""
     two = [Door(database.server.host, database.server.port) for _ in range(2)]
     yield two
     for door in two:
@@ -64,9 +65,6 @@ def via(database: Database, *servers: str | Door) -> MariaDBRepository:
     """Return a repository that reaches the database over these servers."""
     named = [f"127.0.0.1:{server.port}" if isinstance(server, Door) else server for server in servers]
     return maria_repository(database, dbhost=", ".join(named))
-
-
-# --- the table ---
 
 
 def test_init_creates_the_table_of_the_schema_file_and_leaves_it_alone(database: Database) -> None:
@@ -103,7 +101,7 @@ def test_check_names_a_missing_column(database: Database, column: str) -> None:
     database.query(f"ALTER TABLE events RENAME COLUMN {column} TO {column.upper()}")
     assert count(maria_repository(database), ANNA) == [1]
     database.query(f"ALTER TABLE events RENAME COLUMN {column} TO other")
-    assert f"has no column {column}" in unavailable(maria_repository(database).check, soon())
+    assert f"Unknown column '{column}'" in unavailable(maria_repository(database).check, soon())
 
 
 def test_check_warns_of_a_missing_index_and_names_the_remedy(old_database: Database, logged: KeptLog) -> None:
@@ -121,9 +119,12 @@ def test_check_warns_of_a_missing_index_and_names_the_remedy(old_database: Datab
     assert logged.lines == []
 
 
-# --- one clock, several relays; that they do not miss each other is in test_exactness.py ---
-
 NOW = "2026-03-04 05:06:07.123"
+
+
+def add_now(cursor: Any, login: str) -> None:
+    """Put in what the next message of this login adds to while the clock stands still."""
+    cursor.execute("INSERT INTO events VALUES (%s, %s, 's@example.org', '192.0.2.1', 10)", (NOW, login))
 
 
 @contextlib.contextmanager
@@ -164,8 +165,6 @@ def test_who_is_forgiven_at_once_begins_no_outage(database: Database, quota: int
     assert sums(repository, [event("anna", 5)], settings) == [0]
 
 
-# --- rows that are refused for their own sake ---
-
 GUILTY = Event("bert", "x@example.org", "192.0.2.9", 300)
 REFUSALS = {
     "a number that does not fit": ["ALTER TABLE events MODIFY recipient_count TINYINT, DROP KEY login_ts"],
@@ -199,12 +198,9 @@ def test_a_row_that_is_refused_keeps_no_other_from_being_counted_and_doubles_non
     assert {error.rpartition("; not counted: ")[2] for error in logged.errors()} == {"/".join(map(str, guilty))}
     store.repository.check(soon())
     assert store.repository.insert([guilty, event("anna", 2)], soon()) == {0}
-
-
-def test_a_column_that_we_do_not_fill_is_no_endless_outage(database: Database, logged: KeptLog) -> None:
-    database.query("ALTER TABLE events ADD COLUMN relay INT NOT NULL")
-    assert maria_repository(database).insert([ANNA, event("bert")], soon()) == {0, 1}
-    assert ["1364" in error for error in logged.errors()] == [True, True]
+    database.query("ALTER TABLE events ADD COLUMN relay INT NOT NULL")  # which we do not fill: no endless outage
+    assert store.repository.insert([ANNA, event("dora")], soon()) == {0, 1}
+    assert ["1364" in error for error in logged.errors()[-2:]] == [True, True]
 
 
 def test_a_batch_with_refused_rows_that_fails_leaves_nothing(database: Database, doors: list[Door]) -> None:
@@ -224,25 +220,17 @@ def test_a_batch_with_refused_rows_that_fails_leaves_nothing(database: Database,
     assert total(store) == 100
 
 
-# --- servers ---
-
-
 class Babble(socketserver.BaseRequestHandler):
-    """Speaks, but not what PyMySQL understands."""
-
     def handle(self) -> None:
-        self.request.sendall(b"220 mail.example.org ESMTP\r\n" * 10)
+        self.request.sendall(b"220 mail.example.org ESMTP\r\n" * 10)  # which PyMySQL does not understand
 
 
-@pytest.mark.parametrize("kind", ["dead", "babbling", "deaf"])
-def test_a_server_that_gives_nothing_is_passed_over(database: Database, doors: list[Door], kind: str) -> None:
-    with socketserver.TCPServer(("127.0.0.1", 0), Babble) as stranger:
-        if kind == "babbling":
-            threading.Thread(target=stranger.serve_forever, args=(0.01,), daemon=True).start()
-        port = free_port() if kind == "dead" else stranger.server_address[1]
-        assert count(via(database, f"127.0.0.1:{port}", doors[0]), event("anna", 3)) == [3]
-        if kind == "babbling":
-            stranger.shutdown()
+def test_servers_that_give_nothing_are_passed_over(database: Database, doors: list[Door]) -> None:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Babble) as babbling, socket.create_server(("", 0)) as deaf:
+        threading.Thread(target=babbling.serve_forever, args=(0.01,), daemon=True).start()
+        ports = free_port(), babbling.server_address[1], deaf.getsockname()[1]
+        assert count(via(database, *(f"127.0.0.1:{port}" for port in ports), doors[0]), event("anna", 3)) == [3]
+        babbling.shutdown()
 
 
 def test_the_next_server_is_taken_when_one_fails_or_does_not_work(database: Database, doors: list[Door]) -> None:
@@ -274,19 +262,6 @@ def test_a_name_that_is_lost_keeps_its_address(database: Database, monkeypatch: 
     assert refusal in unavailable(via(database, "db.example.org").check, soon())
 
 
-def test_a_unix_socket_may_lead_to_the_server(database: Database) -> None:
-    server = database.server
-    database.query(f"CREATE USER '{server.user}'@'localhost' IDENTIFIED BY %s", (server.password,))
-    try:
-        database.query(f"GRANT ALL ON {database.name}.* TO '{server.user}'@'localhost'")
-        assert count(via(database, f"127.0.0.1:{free_port()}", server.socket), event("anna", 3)) == [3]
-    finally:
-        database.query(f"DROP USER '{server.user}'@'localhost'")
-
-
-# --- connections, statements ---
-
-
 def test_a_connection_that_the_server_closed_is_replaced_without_an_outage(database: Database) -> None:
     """And one serves all batches."""
     repository = maria_repository(database)
@@ -308,11 +283,6 @@ def test_housekeeping_may_take_its_time(database: Database) -> None:
             wait_until(lambda: sum(ms > 2500 for _, info, ms in sessions(database) if info) == 2, "both wait")
         for work in works:
             work.result(30)
-
-
-def add_now(cursor: Any, login: str) -> None:
-    """Put in what the next message of this login adds to while the clock stands still."""
-    cursor.execute("INSERT INTO events VALUES (%s, %s, 's@example.org', '192.0.2.1', 10)", (NOW, login))
 
 
 def test_a_lost_race_against_another_transaction_is_run_again(database: Database) -> None:
@@ -350,7 +320,7 @@ def test_a_lock_that_is_not_had_in_time_is_an_outage_and_not_tried_again(databas
 
 
 def test_an_insert_is_ended_by_the_server_before_we_stop_waiting_for_it(database: Database) -> None:
-    """So that no late row comes in beside its journaled copy, however little time a batch has left.
+    """So that no late row comes in beside its journaled copy; what could come in late only is not even sent.
 
     And a statement may take longer than a connect, for which we wait for a second.
     """
@@ -361,6 +331,7 @@ def test_an_insert_is_ended_by_the_server_before_we_stop_waiting_for_it(database
         assert ENDED.match(unavailable(repository.insert, [event("anna", 100)], time.monotonic() + patience_s))
         assert ENDED.match(unavailable(repository.usages, [event("anna", 100)], Settings(), soon()))
         wait_until(lambda: not any(info for _, info, _ in sessions(database)), "nobody is at work")
+    assert "too slow" in unavailable(repository.insert, [ANNA], time.monotonic() + LATE_ROW_S / 2)
     assert count(repository, ANNA) == [1]
 
 
@@ -370,31 +341,117 @@ def test_a_right_that_is_missing_is_an_outage(database: Database, right: str) ->
     assert re.search("114[23]", unavailable(count, maria_repository(database), ANNA))
 
 
-def test_another_spelling_in_an_old_table_is_another_login(old_database: Database) -> None:
-    """Its collation finds both: whoever kept logins as they came has left such rows."""
-    old_database.query("INSERT INTO events VALUES (NOW() - INTERVAL 1 HOUR, 'Anna', 's@x', '192.0.2.1', 7)")
-    repository = maria_repository(old_database)
-    anna = [event("anna", 1, f"{n}@x") for n in range(2)]
-    repository.insert(anna, soon())
-    assert sums(repository, anna) == [1, 2]
+def another_user(database: Database, password: str = "secret") -> dict[str, str]:
+    """Make a user who may count, and no more; return the settings to be it."""
+    database.query("DROP USER IF EXISTS 'clerk'@'127.0.0.1'")
+    database.query("CREATE USER 'clerk'@'127.0.0.1' IDENTIFIED BY %s", (password,))
+    database.query("GRANT SELECT, INSERT, UPDATE ON events TO 'clerk'@'127.0.0.1'")
+    return {**database.settings(), "dbuser": "clerk", "dbpass": password}
 
 
-def test_what_the_server_could_do_late_only_is_not_sent(database: Database) -> None:
-    repository = maria_repository(database)
-    repository.insert([event("anna")], soon())
-    with pytest.raises(RepositoryUnavailable, match="too slow"):
-        repository.insert([event("bert")], time.monotonic() + LATE_ROW_S / 2)
-    assert database.query("SELECT sasl_username FROM events") == [("anna",)]
+def not_used(database: Database) -> str:
+    """Return how this kind of server calls an index that is kept up and not used."""
+    return "INVISIBLE" if database.server.is_mysql else "IGNORED"
 
 
-def test_a_relay_whose_clock_has_passed_2038_is_counted_now(database: Database) -> None:
-    repository = maria_repository(database)
-    assert repository.insert([event("anna")], soon(), [2**31 * 1000 + 1]) == set()
-    assert sums(repository, [event("anna")]) == [1]
+def test_a_password_may_have_any_character(database: Database) -> None:
+    for n, password in enumerate(["Zürich", "пароль€", "\N{MATHEMATICAL FRAKTUR CAPITAL U}nicode"], start=1):
+        assert count(maria_repository(database, **another_user(database, password)), ANNA) == [n]
 
 
-def test_a_column_that_is_made_narrow_while_we_run_costs_no_message(database: Database) -> None:
-    repository = maria_repository(database)
-    repository.insert([event("anna")], soon())
-    database.query("ALTER TABLE events MODIFY sender VARCHAR(16) NOT NULL DEFAULT ''")
-    assert repository.insert([event("anna", sender="longer@example.org")], soon()) == set()
+@pytest.mark.parametrize("quote", ["'", '"', ""])
+def test_of_a_password_in_quotes_the_quotes_are_suspected(database: Database, quote: str) -> None:
+    with pytest.raises(RepositoryUnavailable, match=r"\(1045, ") as refused:
+        count(maria_repository(database, dbpass=f"{quote}wrong{quote}"), ANNA)
+    hint = "(dbpass= stands in quotes, and they are taken for a part of it)"
+    assert (hint in str(refused.value)) == bool(quote)
+
+
+class FirewallHandler(DoorHandler):
+    """May forget all who have come so far: nothing of theirs arrives, and nobody says so."""
+
+    forgotten = 0  # how often it has
+
+    def pump(self, source: Any, target: Any) -> None:
+        came = type(self).forgotten
+        with contextlib.suppress(OSError):
+            while received := source.recv(65536):
+                if came == type(self).forgotten:
+                    target.sendall(received)
+
+
+@pytest.mark.parametrize("is_idle", [True, False])
+def test_a_connection_dropped_in_silence_costs_no_event(
+    database: Database, doors: list[Door], monkeypatch: pytest.MonkeyPatch, is_idle: bool
+) -> None:
+    """After a minute a connection is not trusted any more; one that is dropped sooner costs a deadline."""
+    doors[0].RequestHandlerClass = FirewallHandler
+    repository = via(database, doors[0])
+    assert count(repository, ANNA) == [1]
+    FirewallHandler.forgotten += 1
+    if is_idle:
+        monkeypatch.setattr("policyd.IDLE_CONNECTION_S", 0)
+    else:
+        with pytest.raises(RepositoryUnavailable, match="timed out"):
+            repository.insert([event("anna", 100)], time.monotonic() + 1)
+    assert count(repository, ANNA) == [2]
+
+
+@pytest.mark.parametrize(("variable", "value"), [
+    ("autocommit", 0), ("init_connect", "SET autocommit=0"), ("sql_mode", "EMPTY_STRING_IS_NULL"),
+    ("sql_mode", "ANSI_QUOTES,ONLY_FULL_GROUP_BY,NO_BACKSLASH_ESCAPES"),
+])  # fmt: skip
+def test_events_are_committed_whatever_sessions_are_given(database: Database, variable: str, value: object) -> None:
+    if database.server.is_mysql and value == "EMPTY_STRING_IS_NULL":
+        value = "PAD_CHAR_TO_FULL_LENGTH"  # MySQL has no such mode, and this one of its own
+    null_sender = event("an'na\\", 3, sender="")
+    with global_variable(database, variable, value):
+        assert count(maria_repository(database), null_sender) == [3]
+        assert count(maria_repository(database), null_sender) == [6]
+
+
+def test_a_slice_too_large_for_the_server_is_halved_until_it_fits(database: Database, tmp_path: Path) -> None:
+    """And the rest follows in slices of that size: larger ones are not tried each time."""
+    journal = Journal(SQLiteRepository(str(tmp_path / "journal.sqlite3")))
+    journal.look()
+    wide = "x" * 240
+    journal.insert([event(f"{n}{wide}", sender=f"{wide}@x") for n in range(3000)])
+    with global_variable(database, "max_allowed_packet", 65536):
+        repository = maria_repository(database)
+        while journal.replay(repository, soon()):
+            pass
+    assert journal.is_empty()
+    assert database.query("SELECT COUNT(*), SUM(recipient_count) FROM events") == [(3000, 3000)]
+
+
+def test_check_names_what_is_missing_though_events_can_be_counted(database: Database, tmp_path: Path) -> None:
+    """The GRANT without which nothing is ever purged, an index that is not used."""
+    database.query(f"ALTER TABLE events ALTER INDEX login_ts {not_used(database)}")
+    settings = another_user(database)
+    file, values = tmp_path / "policyd.cfg", {**settings, "statedir": tmp_path, "bind": tmp_path / "socket"}
+    file.write_text("".join(f"{key}={value}\n" for key, value in values.items()))
+    done = run_policyd("--check", "-c", str(file))
+    database.query("GRANT DELETE ON events TO 'clerk'@'127.0.0.1'")
+    database.query("ALTER TABLE events DROP INDEX login_ts, ADD INDEX login_ts (sasl_username, ts)")
+    assert maria_repository(database, **settings).problems(soon()) == []
+    assert (done.returncode, "events can be counted" in done.stdout) == (1, True)
+    index, grant = done.stderr.splitlines()
+    assert "index login_ts is IGNORED (MariaDB) or INVISIBLE (MySQL)" in index
+    assert "--init-db" not in done.stdout + index, "it would find the index, and change nothing"
+    assert re.match(r"policyd: old events cannot be deleted: .*1142.*; try: GRANT DELETE ON ", grant)
+    assert grant.endswith(f"`{database.name}`.`events` TO 'clerk'@...")
+
+
+def test_the_daemon_counts_on_without_delete_and_index(database: Database, policyd: Callable[..., Policyd]) -> None:
+    daemon = policyd(**another_user(database))
+    for way in (f"ALTER INDEX login_ts {not_used(database)}", "DROP INDEX login_ts"):
+        assert daemon.ask(sasl_username="anna") == DUNNO
+        database.query(f"ALTER TABLE events {way}")
+    assert daemon.ask(sasl_username="anna") == DUNNO
+    daemon.wait_for_log("Updating db: anna/alice@example.org/192.0.2.1/1/3")
+    assert errors(daemon) == []
+    daemon.stop()
+    daemon.start()
+    line = daemon.wait_for_log("NO index on (sasl_username, ts)")
+    assert (line.level, "run policyd --init-db" in line.text) == ("warning", True)
+    daemon.stop()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import re
-import shutil
 import signal
-import socket
+import socketserver
 import threading
 import time
 from collections import Counter
@@ -46,7 +44,6 @@ def with_held_login(daemon: Policyd) -> Policyd:
 
 
 def ask_in_time(daemon: Policyd, seconds: float, login: str = "during") -> str:
-    """Ask about a message, which must be answered in time."""
     began = time.monotonic()
     answer = daemon.ask(sasl_username=login)
     assert time.monotonic() - began < seconds
@@ -87,28 +84,19 @@ def replayed(daemon: Policyd, messages: int) -> bool:
     return messages <= end_of_outage(daemon) <= messages + 2
 
 
-def sums_before(database: Database, moment: float) -> dict[str, int]:
-    """Return the recipients of each login that were counted before (seconds since 1970)."""
+def recipients(database: Database, before: float = 2**31) -> Counter[str]:
+    """Return the recipients of each login in the table that were counted before (seconds since 1970)."""
     rows = database.query(
-        "SELECT sasl_username, SUM(recipient_count) FROM events WHERE UNIX_TIMESTAMP(ts) <= %s GROUP BY 1", (moment,)
+        "SELECT sasl_username, SUM(recipient_count) FROM events WHERE UNIX_TIMESTAMP(ts) <= %s GROUP BY 1", (before,)
     )
-    return {login: int(recipients or 0) for login, recipients in rows}
-
-
-def total(database: Database, login: str) -> int:
-    """Return the recipients of a login in the table."""
-    return sums_before(database, time.time() + 3600).get(login, 0)
+    return Counter({login: int(number or 0) for login, number in rows})
 
 
 def recipients_in(directory: Path) -> Counter[str]:
-    """Return the recipients of each login in the journal's file."""
     found: Counter[str] = Counter()
-    for _, _, each in SQLiteRepository(f"{directory}/journal.sqlite3").first(-1):
+    for _, _, each in SQLiteRepository(f"{directory}/journal.sqlite3").first():
         found[each.sasl_username] += each.recipient_count or 0
     return found
-
-
-# --- the server dies ---
 
 
 def test_a_server_that_dies_under_load_costs_no_answer_and_no_count(
@@ -125,15 +113,14 @@ def test_a_server_that_dies_under_load_costs_no_answer_and_no_count(
         load.wait_for_more(200)
         moved = end_of_outage(daemon)
         load.wait_for_more(200)
-    load.assert_no_request_failed()
     assert max(answer.took for answer in load.answers) < FIRST_ANSWER_S
     later = sorted(answer.took for answer in load.answers if answer.asked > began + 1)
     assert later[len(later) * 99 // 100] < LATER_ANSWER_S
     # The quota was reached once and for all.
     assert {answer.action for answer in sorted(load.answers)[2 * QUOTA + CLIENTS :]} == {REJECT}
     # The slice that was cut off may be there twice.
-    assert len(load.answers) <= total(database, "load") <= len(load.answers) + CLIENTS
-    assert sums_before(database, killed_until)["during"] == QUOTA
+    assert len(load.answers) <= recipients(database)["load"] <= len(load.answers) + CLIENTS
+    assert recipients(database, killed_until)["during"] == QUOTA
     assert moved >= 200 + EVENTS
     assert not recipients_in(daemon.statedir)
     assert len(errors(daemon)) == 2
@@ -147,14 +134,13 @@ def test_what_is_not_there_at_the_start_is_named_and_used_when_it_comes(
     daemon = policyd(defaultquota=QUOTA, **database.settings())  # waits for READY=1
     begin = begin_of(daemon).text  # told before the first message comes, as in the status
     assert ("there is no table events" if missing == "table" else "refused") in begin
-    assert "; database down since " in next(line for line in daemon.notifications if "READY=1" in line)
     assert_quota_is_met_at_once(daemon)
     mended = time.time()
     mariadb.ensure_running()
     made = run_policyd("--init-db", "-c", str(daemon.settings_file))
     assert made.returncode == 0, made
     assert replayed(daemon, QUOTA)
-    assert sums_before(database, mended) == {"during": QUOTA}
+    assert recipients(database, mended) == {"during": QUOTA}
     assert daemon.ask(sasl_username="during") == HOLD
 
 
@@ -174,13 +160,10 @@ def test_what_the_journal_holds_survives_the_daemon(
     mended = time.time()
     mariadb.start()
     assert replayed(daemon, EVENTS + 1)
-    table = sums_before(database, mended)
+    table = recipients(database, mended)
     assert table["during"] == QUOTA + 1
     assert QUOTA + 1 <= table["held"] <= QUOTA + 2
     assert ask_in_time(daemon, FIRST_ANSWER_S, "held") == HOLD
-
-
-# --- the server hangs, or refuses ---
 
 
 def drop_user(mended: contextlib.ExitStack, database: Database, _: Door) -> None:
@@ -212,7 +195,7 @@ def test_whatever_the_server_does_the_quotas_hold_and_all_is_there_in_the_end(
         assert re.search(words, assert_quotas_hold(daemon).text)
         then = time.time()
     assert replayed(daemon, EVENTS)
-    table = sums_before(database, then)
+    table = recipients(database, then)
     assert table["during"] == QUOTA
     assert QUOTA + 1 <= table["held"] <= QUOTA + 1 + late
     assert ask_in_time(daemon, FIRST_ANSWER_S) == HOLD
@@ -223,66 +206,50 @@ def test_whatever_the_server_does_the_quotas_hold_and_all_is_there_in_the_end(
     door.shut()
 
 
-# --- DNS is silent ---
+class NameServer(socketserver.BaseRequestHandler):
+    """Says that each name is 127.0.0.1, or nothing at all."""
 
+    is_deaf = False
 
-class NameServer:
-    """Says that each name is 127.0.0.1, or nothing at all; at an address of its own: resolv.conf knows no port."""
-
-    def __init__(self) -> None:
-        self.is_deaf = False
-        self.address = f"127.{random.randrange(1, 255)}.{random.randrange(256)}.53"
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind((self.address, 53))
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while True:
-            query, client = self._socket.recvfrom(512)
-            if not query:
-                return
-            question = query[12 : query.index(b"\0", 12) + 5]
-            is_ipv4 = question[-4:-2] == b"\0\1"
-            address = b"\xc0\x0c\0\1\0\1\0\0\0\0\0\4\x7f\0\0\1" if is_ipv4 else b""
-            header = query[:2] + b"\x81\x80\0\1\0" + bytes([is_ipv4]) + b"\0\0\0\0"
-            if not self.is_deaf:
-                self._socket.sendto(header + question + address, client)
-
-    def close(self) -> None:
-        with self._socket:
-            self._socket.sendto(b"", (self.address, 53))
-            self._thread.join()
+    def handle(self) -> None:
+        query, door = self.request
+        question = query[12 : query.index(b"\0", 12) + 5]
+        is_ipv4 = question[-4:-2] == b"\0\1"
+        address = b"\xc0\x0c\0\1\0\1\0\0\0\0\0\4\x7f\0\0\1" if is_ipv4 else b""
+        header = query[:2] + b"\x81\x80\0\1\0" + bytes([is_ipv4]) + b"\0\0\0\0"
+        if not NameServer.is_deaf:
+            door.sendto(header + question + address, self.client_address)
 
 
 @pytest.fixture
-def names() -> Iterator[NameServer]:
-    """A name server."""
-    server = NameServer()
-    yield server
-    server.close()
+def name_server() -> Iterator[str]:
+    """A name server's address, its own: resolv.conf knows no port."""
+    address = f"127.{random.randrange(1, 255)}.{random.randrange(256)}.53"
+    with socketserver.UDPServer((address, 53), NameServer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        yield address
+        server.shutdown()
 
 
 def test_names_that_nobody_resolves_delay_neither_the_start_nor_the_end_and_one_answer_at_most(
-    policyd: Start, mariadb: MariaDB, database: Database, names: NameServer, tmp_path: Path
+    policyd: Start, mariadb: MariaDB, database: Database, name_server: str, tmp_path: Path
 ) -> None:
-    names.is_deaf = True
+    NameServer.is_deaf = True
     file = tmp_path / "resolv.conf"  # a look-up that fails takes 5 s for each name
-    file.write_text(f"nameserver {names.address}\noptions timeout:1 attempts:5\n")
+    file.write_text(f"nameserver {name_server}\noptions timeout:1 attempts:5\n")
     settings = {**database.settings(), "dbhost": "db1.example.org, db2.example.org"}
     daemon = policyd(defaultquota=QUOTA, mounts=f"mount --bind {file} /etc/resolv.conf || exit", **settings)
-    assert "; database down since " in next(line for line in daemon.notifications if "READY=1" in line)
     assert ask_in_time(daemon, FIRST_ANSWER_S, "first") == DUNNO
     assert_quota_is_met_at_once(daemon)
     began = time.monotonic()
     assert daemon.stop() == 0
     assert time.monotonic() - began < END_S
-    names.is_deaf = False
+    NameServer.is_deaf = False
     mended = time.time()
     daemon.start()
     assert end_of_outage(daemon) >= QUOTA + 1
-    assert sums_before(database, mended) == {"during": QUOTA, "first": 1}
-    names.is_deaf = True
+    assert recipients(database, mended) == {"during": QUOTA, "first": 1}
+    NameServer.is_deaf = True
     before = len(errors(daemon))
     assert daemon.ask(sasl_username="again") == DUNNO  # who is known need not be asked for
     assert len(errors(daemon)) == before
@@ -290,28 +257,22 @@ def test_names_that_nobody_resolves_delay_neither_the_start_nor_the_end_and_one_
     assert ask_in_time(daemon, FIRST_ANSWER_S) == HOLD
     assert len(errors(daemon)) == before + 1
     assert_quota_is_met_at_once(daemon, "again", used=1)
-    names.is_deaf = False
+    NameServer.is_deaf = False
     mariadb.start()
     daemon.wait_for_log(ENDS, BACK_S, count=2)
-    assert {login: total(database, login) for login in ("during", "again")} == {"during": QUOTA + 1, "again": QUOTA}
-
-
-# --- the journal cannot be written ---
+    assert recipients(database) == {"during": QUOTA + 1, "first": 1, "again": QUOTA}
 
 
 @pytest.mark.parametrize("database_comes", ["never", "while the disk is full"])
 def test_a_full_disk_leaves_counting_to_the_memory(
-    policyd: Start, mariadb: MariaDB, database: Database, tmp_path: Path, database_comes: str
+    policyd: Start, mariadb: MariaDB, database: Database, disk: Path, database_comes: str
 ) -> None:
     """What is in the file still counts, and the file is used again once there is room; nothing is counted twice."""
-    mount = 'mount -t tmpfs -o size=512k tmpfs "$STATE_DIRECTORY" || exit'
-    daemon = with_held_login(policyd(defaultquota=QUOTA, mounts=mount, **database.settings()))
+    daemon = with_held_login(policyd(defaultquota=QUOTA, statedir=disk, **database.settings()))
     mariadb.kill()
     assert [ask_in_time(daemon, FIRST_ANSWER_S) for _ in range(QUOTA // 2)] == [DUNNO] * (QUOTA // 2)
     begin_of(daemon)
-    opened = os.open(daemon.its_view(daemon.statedir), os.O_RDONLY)  # to see it after the end of the daemon, too
-    directory = Path(f"/proc/self/fd/{opened}")
-    with contextlib.suppress(OSError), (directory / "ballast").open("ab", buffering=0) as file:  # No space left
+    with contextlib.suppress(OSError), (disk / "ballast").open("ab", buffering=0) as file:  # No space left
         while True:
             file.write(bytes(512))
     assert_quota_is_met_at_once(daemon, used=QUOTA // 2)
@@ -321,15 +282,13 @@ def test_a_full_disk_leaves_counting_to_the_memory(
     assert complaint.endswith(" full; in an outage events are counted in memory only")
     if database_comes != "never":
         mariadb.start()
-        wait_until(lambda: total(database, "held") == QUOTA + 1, "what was in memory is in the table", BACK_S)
+        wait_until(lambda: recipients(database)["held"] == QUOTA + 1, "what was in memory is in the table", BACK_S)
         assert ask_in_time(daemon, FIRST_ANSWER_S) == HOLD
         assert_sum(daemon, "during", QUOTA + 1)
-    (directory / "ballast").unlink()
+    (disk / "ballast").unlink()
     assert daemon.stop() == 0
     daemon.wait_for_log("can be used again")  # at the end it is looked at once more
     mariadb.ensure_running()
-    shutil.copy(directory / "journal.sqlite3", tmp_path)  # SQLite does not look through the daemon's eyes
-    os.close(opened)
-    left = recipients_in(tmp_path)
-    assert total(database, "during") + left["during"] == QUOTA + (database_comes != "never")
-    assert total(database, "held") + left["held"] == QUOTA + 1
+    left = recipients_in(disk)
+    assert recipients(database)["during"] + left["during"] == QUOTA + (database_comes != "never")
+    assert recipients(database)["held"] + left["held"] == QUOTA + 1

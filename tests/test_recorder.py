@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from recorders import PATIENCE_S, BreakableRepository, ByHand, Waiter, is_well, recording
 from servers import wait_until
-from stores import GENEROUS, Clock, KeptLog, event
+from stores import KeptLog, event
 
-from policyd import BATCH_EVENTS, Journal, Recorder, Usage
+from policyd import BATCH_EVENTS, Journal, SQLiteRepository, Usage
 
 
 @pytest.fixture
@@ -41,25 +41,12 @@ def test_all_that_waits_is_committed_together_up_to_the_limit(
     assert batches == [BATCH_EVENTS, BATCH_EVENTS, 88]
 
 
-def test_the_wait_behind_an_answer_can_be_watched(store: BreakableRepository, journal: Path) -> None:
-    """That in a batch and behind a replay, too: see world.py."""
-    hand, waits = ByHand(store, journal), []
-
-    def answer(usage: Usage | None) -> None:
-        hand.clock.now += 7
-        waits.append(hand.recorder.longest_wait_s())
-
-    for _ in range(2):
-        hand.recorder.record(event("anna"), answer)
-    hand.turn()
-    hand.recorder.tell_next()
-    assert (waits, hand.recorder.longest_wait_s()) == ([7, 14], 0)
-
-
-def test_the_end_does_not_wait_for_ever(store: BreakableRepository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_does_not_wait_for_ever(
+    store: BreakableRepository, journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate, waiting = threading.Event(), threading.Event()
     monkeypatch.setattr(store, "insert", lambda *_: waiting.set() or (gate.wait(PATIENCE_S) and set()))
-    with recording(store) as recorder:
+    with recording(store, journal) as recorder:
         first = Waiter(recorder, event("anna"))
         assert waiting.wait(PATIENCE_S)
         recorder.stop(0.05)
@@ -81,12 +68,9 @@ def test_a_store_that_is_away_delays_the_end_not(
         recorder.stop(PATIENCE_S)
         assert time.monotonic() - began < PATIENCE_S / 2
         assert not any(thread.is_alive() for thread in recorder.threads)
-    left = Journal(str(journal))
+    left = Journal(SQLiteRepository(str(journal)))
     left.look()
     assert left.waiting + store.count() == 1
-
-
-# --- faults of ours ---
 
 
 def test_a_fault_of_one_who_is_told_harms_no_other(store: BreakableRepository, journal: Path, logged: KeptLog) -> None:
@@ -123,22 +107,3 @@ def test_a_fault_in_the_store_leaves_nobody_without_an_answer_and_does_not_end_t
     assert store.count() == 4
     assert all(f"ValueError: {faulty} is broken" in error for error in logged.errors() if "over after" not in error)
     assert "Traceback" in logged.errors()[0]
-
-
-def test_an_outage_begins_for_the_log_when_nobody_waits_for_the_first_look_any_more(
-    store: BreakableRepository, tmp_path: Path, logged: KeptLog
-) -> None:
-    """Names may take long to be looked up."""
-    clock = Clock()
-    recorder = Recorder(store, Journal(str(tmp_path / "journal.sqlite3"), clock, clock), GENEROUS, clock=clock)
-    waiter = Waiter(recorder, event("anna"))
-    clock.now += 10
-    recorder.turn()
-    assert waiter.answers == [1]
-    recorder.look_for_store()
-    recorder.turn()
-    assert [line.text.partition(";")[0] for line in logged.lines if line.text.startswith("ERROR")] == [
-        "ERROR while UPDATING db: it is still being looked for",
-        "ERROR while UPDATING db: over after 0 s, 1 events replayed",
-    ]
-    recorder.finish()

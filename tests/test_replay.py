@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean
 
 import pytest
 
-from policyd import DAY_S, NEVER, Settings, Usage, place_of
+from policyd import DAY_S, NEVER, Settings, Usage
 
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
 
 import replay
-from replay import POPULATIONS, RULES, WARM_UP, Login, Person, Rule, Sent, World
+from replay import POPULATIONS, RULES, WARM_UP, Login, Person, Rule, World
 
 USUAL, *_, PESSIMISTIC = POPULATIONS
 SINCE = WARM_UP * DAY_S
-
-
-def places(addresses: Iterable[str]) -> set[str | None]:
-    """Return the places of these addresses."""
-    return set(map(place_of, addresses))
-
-
-def clients(sent: Iterable[Sent]) -> list[str]:
-    """Return the addresses that messages came from, each once."""
-    return list(dict.fromkeys(message.client_address for message in sent))
 
 
 @pytest.mark.parametrize("population", [USUAL, PESSIMISTIC])
@@ -45,16 +34,14 @@ def test_asking_about_candidates_only_misses_nobody(
     for n in range(42):
         person, dice = Person(world, n, WARM_UP + 3), random.Random(n)
         stolen = list(replay.thieves(dice, SINCE + 100.0).values())[n % 7][:150] if n % 4 else []
-        forgiven = [replay.forgiven_by_a_human, lambda at: at + 5e3, replay.never_forgiven][n % 3]
-        login = Login(sorted([*person.sent, *stolen]), world, SINCE, 17.0)
+        forgiven = [replay.forgiven_by_a_human, lambda at: at + 5e3, lambda at: math.inf][n % 3]
+        sent = sorted([*person.sent, *stolen])
+        login = Login(sent, world, SINCE, 17.0)
         found = login.incidents(rule, forgiven)
-        login.candidates = [(n, most, most) for n in range(login.first, len(person.sent) + len(stolen))]
+        login.candidates = [(n, most) for n, message in enumerate(sent) if message.at >= SINCE]
         assert found == login.incidents(rule, forgiven)
         rules.update(incident.rule for incident in found)
     assert rules == {"places", "newplace", "hourquota", "overquota"}
-
-
-# ---- what is printed ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -81,53 +68,17 @@ def test_a_thief_gets_what_the_rule_leaves(notes: replay.Notes, kind: str, rule:
     assert leaked[-3] <= most
 
 
-def test_a_slow_botnet_that_nobody_sees_to_is_stopped_day_after_day(notes: replay.Notes) -> None:
-    """The incident ends after 24 h, but what was sent meanwhile makes no place known: the next sweep finds it again."""
-    for _, before, in_a_week, is_unseen in notes["leaked", "slow botnet", RULES[-1].name, RULES[-1].keep_days]:
-        assert not is_unseen
-        assert before < in_a_week < before + 20
-
-
 def test_the_same_seed_gives_the_same_figures_and_another_one_does_not() -> None:
     first, again, other = (replay.replay(USUAL, seed, 4, 7, 1) for seed in (5, 5, 6))
     assert first == again != other
 
 
 def test_the_tool_prints_the_table_as_markdown_and_what_the_manual_quotes() -> None:
-    tool = [sys.executable, replay.__file__, "--quick", "--seed", "3"]
+    tool = [sys.executable, replay.__file__, "--seed=3", "--seeds=1", "--users=100", "--days=7"]
     printed = subprocess.run(tool, capture_output=True, text=True, check=True).stdout.splitlines()
     table = [line for line in printed if line.startswith("|")]
-    assert printed[0] == "Seeds 3 to 3, 40 people of each population, 7 days."
+    assert printed[0] == "Seeds 3 to 3, 100 people of each population, 7 days."
     assert len(table) == 2 + len(RULES)
     assert {line.count("|") for line in table} == {6 + len(POPULATIONS)}
     quoted = [line[2:].split(":")[0] for line in printed if line.startswith("- ")]
     assert quoted == [*(each.name for each in POPULATIONS), *replay.thieves(random.Random(1), 0)]
-
-
-# ---- what is assumed ------------------------------------------------------------------------------------------------
-
-
-def test_thieves_are_as_on_record() -> None:
-    some = [replay.thieves(random.Random(n), 0) for n in range(50)]
-    fast, slow = some[0]["fast botnet"], some[0]["slow botnet"]
-    assert 60 < fast[-1].at < 73  # 200 messages, three a second
-    assert 9 < mean(message.recipients for message in fast) < 9.6
-    assert 70 < len(clients(fast)) <= 80
-    assert 6.5 * DAY_S < slow[-1].at < 7.5 * DAY_S
-    assert 120 < len(clients(slow)) <= 132
-    assert all(300 <= later.at - earlier.at <= 2400 for earlier, later in zip(slow, slow[1:]))
-    assert 19 < mean(len(places(clients(stolen["fast botnet"])[:24])) for stolen in some) < 21
-
-
-def test_people_persist_and_write_as_people_do() -> None:
-    world, days = World(1, USUAL), WARM_UP + 28
-    people = [Person(world, n, days) for n in range(300)]
-    sent = [message for person in people for message in person.sent]
-    assert 6 < len(sent) / 300 / days < 13
-    assert all(0 <= message.at < days * DAY_S for message in sent)
-    assert replay.CLASS in {message.recipients for message in sent}
-    special = {"abroad", "train", "new", "back from leave", "monthly letter"}
-    assert {what for person in people for what in person.what.values()} == special
-    for person in people:
-        ways = [places(clients(m for m in person.sent if (m.at < SINCE) is early)) for early in (True, False)]
-        assert not all(ways) or ways[0] & ways[1]  # they are where they were last month

@@ -15,12 +15,12 @@ import re
 import shutil
 import sqlite3
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recorders import tell
 from stores import Clock, KeptLog
 
 import policyd
@@ -44,9 +44,9 @@ STORE_FAULTS = {  # what can be wrong with the store, and what it then does not 
     "slow": ALL,
 }
 DISK_FAULTS = {  # the same of the journal's disk
-    "full": ("insert", "check", "delete_first"),
-    "unreadable": ("insert", "check", "delete_first", "totals", "first", "count"),
-    "not deleting": ("delete_first",),
+    "full": ("insert", "check", "forget"),
+    "unreadable": ("insert", "check", "forget", "first", "by_minute"),
+    "not deleting": ("forget",),
 }
 GONE = ("unmounted", "removed", "replaced by an empty one", "replaced by another one")  # its directory, its file
 
@@ -56,8 +56,6 @@ class Killed(BaseException):
 
 
 class Fault(NamedTuple):
-    """What is wrong, how many times, and how long it takes."""
-
     kind: str
     times: int = ALWAYS
     seconds: float = math.inf
@@ -80,18 +78,18 @@ def incidents(events: Iterable[Event]) -> set[str]:
 
 
 def events_in(path: Path) -> Counter[Event]:
-    """Return the events in a file that may be there."""
     if path.exists():
         with contextlib.closing(sqlite3.connect(path)) as connection, contextlib.suppress(sqlite3.OperationalError):
-            rows = connection.execute("SELECT sasl_username, sender, client_address, recipient_count FROM events")
+            rows = connection.execute(
+                "SELECT sasl_username, sender, client_address, recipient_count FROM events"
+                " WHERE rowid > (SELECT application_id FROM pragma_application_id)"
+            )
             return Counter(Event(*row) for row in rows)
     return Counter()
 
 
 class Store(policyd.SQLiteRepository):
     """The store, as one relay sees it."""
-
-    commits_halves = False  # of a batch with a refused row, though it fails: as policyd 0.1 did
 
     def __init__(self, relay: Relay) -> None:
         super().__init__(str(relay.world.directory / "store"), relay.world.clock)
@@ -123,26 +121,20 @@ class Store(policyd.SQLiteRepository):
         refused = {n for n, event in enumerate(events) if is_refused(event)}
         taken = [event for event in events if not is_refused(event)]
         ts = times and [then for n, then in enumerate(times) if n not in refused]
-        try:
-            fault = self._pass("insert", deadline)
-        except RepositoryUnavailable:
-            if self.commits_halves and refused:
-                self.commit(taken[: len(taken) // 2], ts)
-            raise
+        fault = self._pass("insert", deadline)
         if fault:
             self._world.permitted.update(taken)
-            if fault == "waking up":
-                self._world.late.append((taken, ts))
-            else:
-                self.commit(taken, ts)
+        if fault == "waking up":
+            self._world.late.append((taken, ts))
+        else:
+            self.commit(taken, ts)
+        if fault:
             raise RepositoryUnavailable(f"the store is {fault}")
-        self.commit(taken, ts)
         self._relay.has_stored(events, taken, is_replay=times is not None)
         self._relay.step()
         return refused
 
     def commit(self, events: Sequence[Event], times: Sequence[int] | None) -> None:
-        """Put in rows, none of which may come too often."""
         if events:
             super().insert(events, 0, times)
             self._world.copies.update(events)
@@ -173,15 +165,11 @@ class Disk(policyd.SQLiteRepository):
         super().__init__(str(relay.path), relay.wall_clock)
         self._relay = relay
         self._doing = ""
-        for method in DISK_FAULTS["unreadable"]:
-            setattr(self, method, self._noted(method, getattr(self, method)))
 
-    def _noted(self, method: str, sound: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            self._doing = method
-            return sound(*arguments)
-
-        return call
+    def __getattribute__(self, name: str) -> Any:
+        if name in DISK_FAULTS["unreadable"]:
+            self._doing = name
+        return super().__getattribute__(name)
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
@@ -190,30 +178,20 @@ class Disk(policyd.SQLiteRepository):
         fault = relay.disk_fault
         if fault and self._doing in DISK_FAULTS[fault.kind]:
             relay.disk_fault = fault.left()
-            self._drop()
+            self._leave()
             raise RepositoryUnavailable(f"{self.path}: {fault.kind}")
         with super()._connection() as connection:
             yield connection
         relay.step()
 
-    def left_behind(self, after: int) -> list[tuple[int, int, Event]] | None:
-        rows = super().left_behind(after)
-        if rows is not None:  # the process has seen that its file is gone, and has saved what was in it
-            self._relay.removed.clear()
-            self._relay.has_seen_it_gone = True
+    def leave(self, after: int) -> list[policyd.Row]:
+        """The process has seen that its file is gone, and saves what was in it."""
+        fault, self._relay.disk_fault = self._relay.disk_fault, None  # that is of the file that is there
+        rows = super().leave(after)
+        self._relay.disk_fault = fault
+        self._relay.removed.clear()
+        self._relay.has_seen_it_gone = True
         return rows
-
-
-class FirstLook(threading.Event):
-    """recorder.looked: while it is waited for, time passes."""
-
-    def __init__(self, clock: Clock) -> None:
-        super().__init__()
-        self._clock = clock
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self._clock.now += timeout or 0
-        return self.is_set()
 
 
 class Relay:
@@ -242,6 +220,7 @@ class Relay:
         clock = self.world.clock
         self.kill_in = self.look_in = math.inf  # steps
         self.asked: dict[Event, float] = {}  # with the time of arrival
+        self.batch: dict[Event, float] = {}  # of those, in this turn
         self.answers: dict[Event, list[Usage | None]] = {}
         self.last: dict[str, int] = {}  # sum that a login was answered
         self.told: dict[Event, Usage] = {}  # by the store, in this turn
@@ -254,27 +233,25 @@ class Relay:
         self.pending = events_in(self.path)
         self.unseen: Counter[Event] = Counter()
         self.is_gone_unseen = False
-        self.learnt: set[Event] = set()  # of those, what it was asked about: known also when the file cannot be read
         self.removed: Counter[Event] = Counter()  # in a file that is gone and still open
-        self.has_looked = False  # at the file
+        self.has_moved = False  # a slice, in the last turn
         self.has_seen_it_gone = True
-        self.journal = Journal(str(self.path), self.wall_clock, clock)
-        self.journal._file = Disk(self)
+        self.disk = Disk(self)
+        self.journal = Journal(self.disk, clock)
         self.store = Store(self)
-        self.recorder = Recorder(self.store, self.journal, self.settings, policyd.Watch(self.store, clock), clock)
-        self.recorder.looked = FirstLook(clock)
+        self.recorder = Recorder(self.store, self.journal, self.settings, clock)
 
     def _end(self, is_killed: bool) -> None:
         """Account for what ends with a process, and begin the next one."""
         world, lines = self.world, len(self.world.log.lines)
         if not is_killed:
-            began = world.clock()
+            began, self.meanwhile = world.clock(), []
             try:
                 self.recorder.finish()
                 assert world.clock() - began <= STOP_S, f"it takes {world.clock() - began} s to end"
             except Killed:
                 is_killed = True
-        may_be_lost = self.journal.kept + sum(self.removed.values())
+        may_be_lost = len(self.journal.kept) + sum(self.removed.values())
         if not is_killed:
             said = "\n".join(line.text for line in world.log.lines[lines:])
             may_be_lost = sum(map(int, re.findall(r"^(\d+) events are forgotten", said, re.MULTILINE)))
@@ -336,7 +313,6 @@ class Relay:
 
     def send(self, *messages: tuple[str, int | str]) -> None:
         """Let messages (login, recipients) and incidents (login, which) arrive at once; the recorder takes a turn."""
-
         self._arrive(self.world.events(messages))
         self.turn()
 
@@ -345,11 +321,9 @@ class Relay:
         self.meanwhile += self.world.events(messages)
 
     def turn(self) -> None:
-        """Let the recorder take a turn, though nothing may have come."""
         self._alive(self._turn)
 
     def look(self) -> None:
-        """Let the store be looked for."""
         self._alive(self._look)
         self.turn()
 
@@ -369,12 +343,14 @@ class Relay:
             self.recorder.record(event, self.answers[event].append)
 
     def spend(self, seconds: float) -> None:
-        """Let time pass, in the middle of which arrives what is to arrive meanwhile."""
+        """Let time pass, in the middle of which arrives what is to arrive meanwhile; the watchdog sees who waits."""
         self.world.clock.now += seconds / 2
         meanwhile, self.meanwhile = self.meanwhile, []
         self._arrive(meanwhile)
         self.world.clock.now += seconds / 2
-        assert not meanwhile or self.recorder.longest_wait_s() >= seconds / 2, "nobody sees that they wait"
+        waiting = {**self.asked, **(self.batch if self.answered_at is None else {})}
+        longest_wait_s = self.world.clock() - min(waiting.values(), default=math.inf)
+        assert self.recorder.longest_wait_s() >= longest_wait_s, "nobody sees that they wait"
 
     def has_answered(self) -> None:
         """By now the batch has been answered; what follows is the replay."""
@@ -385,7 +361,7 @@ class Relay:
         """The process is about to know that the store has done with `events`."""
         self.is_stored = self.is_stored or not is_replay
         is_of_another_clock = is_replay and self.world.is_ahead  # too old then, or not old enough
-        self.settled += [event for event in taken if not is_of_another_clock or event in self.learnt]
+        self.settled += [event for event in taken if not is_of_another_clock or self.known[event] > 0]
         for event in events if is_replay else ():
             others = (waits for waits in (self.pending, self.unseen) if waits[event] > 0 >= self.known[event])
             next(others, self.known)[event] -= 1
@@ -397,24 +373,20 @@ class Relay:
             if is_readable and self.is_gone_unseen and self.directory.exists():
                 self.last.clear()  # what was known of a file that could not be read ends when it is seen to be gone
                 self.is_gone_unseen = False
-            if not self.journal.next_look_s() and self.directory.exists():
-                self.has_looked = True
+            if self.journal.is_due() and self.directory.exists():
                 self.pending, self.unseen = self.pending + self.unseen, Counter()
                 if is_readable and not self.world.is_ahead:
                     self.known, self.pending = self.known + self.pending, Counter()
-            asked, self.asked = self.asked, {}
+            asked = self.batch = self.asked
+            self.asked = {}
             self.told, self.is_stored, self.answered_at = {}, False, None
-            waited = [event for event in self.known.elements() if is_readable or event in self.learnt]
+            waited = [*self.known.elements()]
             knew, lines = [*self.settled, *waited], len(self.world.log.lines)
-            self.recorder.turn()
+            self.has_moved = self.recorder.turn()
             self.has_answered()
-            self.recorder.tell_next()
-            self.recorder.tell_next()  # none: its thread waits
+            tell(self.recorder)
             if not self.is_stored:
                 self.known.update(list(asked))
-            if is_readable:
-                logins = {event.sasl_username for event in asked}
-                self.learnt.update(event for event in self.known if event.sasl_username in logins)
             self._check(asked, knew, waited)
             self._check_log(lines)
             if not self.asked:
@@ -503,7 +475,7 @@ class Relay:
     def _take_away(self, is_for_ever: bool) -> None:
         """Account for what was in a file that is about to go: what the process has open is not lost."""
         in_file = events_in(self.path)
-        is_open = self.has_looked and not self.journal.trouble and not self.unseen
+        is_open = bool(self.disk._connections) and not self.disk.is_gone()
         self.has_seen_it_gone = not is_open
         if is_open:
             self.removed += in_file
@@ -525,7 +497,6 @@ class Relay:
         self.world.sent.setdefault("anna", {}).update(dict.fromkeys(others, self.world.clock()))
 
     def mend_disk(self) -> None:
-        """Let the disk be well again, and mounted."""
         self.disk_fault = None
         if not self.directory.exists():
             self.aside.rename(self.directory)
@@ -538,8 +509,6 @@ class Relay:
 
 
 class World:
-    """All there is, and what happens to all."""
-
     def __init__(self, relays: int = 1, is_looked: bool = True) -> None:
         assert isinstance(policyd.log, KeptLog)
         self.log = policyd.log
@@ -586,13 +555,11 @@ class World:
         return list(dict.fromkeys(events))
 
     def wait(self, seconds: float) -> None:
-        """Let time pass."""
         self.clock.now += seconds
         for relay in self.relays:
             relay.turn()
 
     def break_store(self, kind: str, times: int = ALWAYS, seconds: float = math.inf, relay: int | None = None) -> None:
-        """Let the store fail, for one relay or for all."""
         for one in self.relays if relay is None else [self[relay]]:
             one.store_fault = Fault(kind, times, seconds)
 
@@ -636,7 +603,7 @@ class World:
     def _replay(self, relay: Relay) -> None:
         relay.look()
         turns = 0
-        while relay.journal.can_move() and relay.recorder.down_s() is None:
+        while relay.has_moved:
             relay.turn()
             turns += 1
             assert turns < 100, "the replay never ends"

@@ -24,7 +24,6 @@ import functools
 import ipaddress
 import math
 import multiprocessing
-import os
 import random
 import sys
 from bisect import bisect_left, bisect_right
@@ -43,8 +42,6 @@ WARM_UP = 31  # days: one more than the longest keep_days
 
 
 class Rule(NamedTuple):
-    """A line of the table."""
-
     name: str
     keep_days: int  # 0: the past does not matter
     settings: Settings
@@ -99,7 +96,6 @@ POPULATIONS = (
 
 
 def address(dice: random.Random, first: str) -> str:
-    """Return an address that begins with this number."""
     if len(first) == 4:
         return f"{first}:{dice.getrandbits(16):x}:{dice.getrandbits(16):x}:{dice.getrandbits(16):x}::1"
     return f"{first}.{dice.getrandbits(8)}.{dice.getrandbits(8)}.{dice.randrange(1, 255)}"
@@ -122,8 +118,6 @@ class Country:
 
 
 class World:
-    """Where people of one population send from."""
-
     def __init__(self, seed: int, people: Population) -> None:
         dice = random.Random(f"{seed} {people.name}")
         self.people, self.seed = people, seed
@@ -167,8 +161,6 @@ NEWCOMERS = 0.02  # of the people come among the days that are judged
 
 
 class Sent(NamedTuple):
-    """A message."""
-
     at: float  # seconds since the midnight before the first day, a Monday
     recipients: int
     client_address: str
@@ -305,26 +297,15 @@ def thieves(dice: random.Random, at: float) -> dict[str, list[Sent]]:
 
 
 class Incident(NamedTuple):
-    """A login was stopped."""
-
     at: float
     rule: str
     forgiven: float  # when
-
-    def holds(self, at: float) -> bool:
-        """Tell whether it is one of the last 24 h, and not forgiven."""
-        return at - DAY_S < self.at <= at < self.forgiven
 
 
 def forgiven_by_a_human(at: float) -> float:
     """Return when an honest user is forgiven who was stopped at this time."""
     dice, hour = random.Random(at), at % DAY_S / HOUR_S
     return at + HOUR_S * (dice.uniform(0.5, 3) if 8 <= hour < 17 else dice.uniform(8, 10) + 24 * (hour >= 17) - hour)
-
-
-def never_forgiven(at: float) -> float:
-    """Return when a thief is."""
-    return math.inf
 
 
 FORGIVE = (
@@ -345,32 +326,21 @@ class Login:
     def __init__(self, sent: Sequence[Sent], world: World, since: float, phase: float) -> None:
         self._sent, self._world, self._since, self._phase = sent, world, since, phase  # of the sweep within its minute
         self._times = [message.at for message in sent]
-        self.first = bisect_left(self._times, since)
         self.candidates = list(self._find())
 
-    def _find(self) -> Iterator[tuple[int, Usage, Usage]]:
-        """Yield the candidates: which message, the highest figures, and those if there has been no incident yet.
-
-        At the highest, every place is new; without an incident those are known that were used before.
-        """
+    def _find(self) -> Iterator[tuple[int, Usage]]:
+        """Yield the candidates: which message, and the highest figures, as if every place was new."""
         strictest = Limits(*(min(limits) for limits in zip(*(rule.limits for rule in RULES))))
-        memory = min(rule.keep_days or WARM_UP for rule in RULES) * DAY_S - 2 * MINUTE_S
         places = [self._world.place_of(message.client_address) for message in self._sent]
         sums = [0, *accumulate(message.recipients for message in self._sent)]
-        for n in range(self.first, len(self._times)):
-            at, end = self._times[n], n + 1
-            day, hour, half, oldest = (
-                bisect_right(self._times, at - window, 0, n) for window in (DAY_S, HOUR_S, HALF_HOUR_S, memory)
-            )
-            recipients, of_hour = sums[end] - sums[day], sums[end] - sums[hour]
-            of_half, of_day = set(places[half:end]), set(places[day:end])
-            most = Usage(recipients, of_hour, frozenset(), 0, len(of_half), len(of_day), of_hour)
+        for n in range(bisect_left(self._times, self._since), len(self._times)):
+            ages = DAY_S, HOUR_S, HALF_HOUR_S
+            day, hour, half = (bisect_right(self._times, self._times[n] - age, 0, n) for age in ages)
+            of_hour = sums[n + 1] - sums[hour]
+            new_places, new_places_24h = (len(set(places[begin : n + 1])) for begin in (half, day))
+            most = Usage(sums[n + 1] - sums[day], of_hour, frozenset(), 0, new_places, new_places_24h, of_hour)
             if decide(most, strictest).action != "DUNNO":
-                known = {None, *places[oldest:day]}
-                volume = 0 if places[n] in known else of_hour
-                yield n, most, most._replace(
-                    new_places=len(of_half - known), new_places_24h=len(of_day - known), from_new_places=volume
-                )
+                yield n, most
 
     def incidents(self, rule: Rule, forgiven: Callable[[float], float]) -> list[Incident]:
         """Return when the login is stopped, each time that it has no incident."""
@@ -386,9 +356,9 @@ class Login:
         events = [Event("anna", "", message.client_address, message.recipients) for message in self._sent]
         store.insert([Event("bert", "", "192.0.2.1", 1)], 0, [int(now - 4 * DAY_S) * 1000])  # a table that remembers
         list(watch.sweep(settings, 0))
-        for n, most, first in candidates:
+        for n, most in candidates:
             at = self._times[n]
-            if found[-1].holds(at) if found else decide(first, limits).action == "DUNNO":
+            if found and at - DAY_S < found[-1].at <= at < found[-1].forgiven:
                 continue
             if found and now < found[-1].forgiven <= at:
                 begin, now = stored, found[-1].forgiven
@@ -421,31 +391,19 @@ def replay(people: Population, seed: int, users: int, days: int, victims: int) -
     for number in range(users):
         person, dice = Person(world, number, WARM_UP + days), random.Random(f"{seed} {people.name} {number} thieves")
         login = Login(person.sent, world, since, dice.uniform(0, MINUTE_S))
-        judged = [int(message.at // DAY_S) for message in person.sent if message.at >= since]
-        notes["messages", people.name].append(len(judged))
-        notes["abroad", people.name].append(len({day for day in judged if person.what.get(day) == "abroad"}))
+        judged = {int(message.at // DAY_S) for message in person.sent if message.at >= since}
+        notes["abroad", people.name] += [day for day in judged if person.what.get(day) == "abroad"]
         for rule in RULES:
-            held = [int(incident.at // DAY_S) for incident in login.incidents(rule, forgiven_by_a_human)]
-            notes[("held", people.name, *rule[:2])] += [len(held)] if held else []
-            notes[("who", people.name, *rule[:2])] += [person.what.get(day, person.kind) for day in held]
+            held = (int(incident.at // DAY_S) for incident in login.incidents(rule, forgiven_by_a_human))
+            notes[("held", people.name, *rule[:2])] += [person.what.get(day, person.kind) for day in held]
         begin = since + dice.uniform(0, DAY_S)
         for kind, stolen in thieves(dice, begin).items() if number < victims else ():
             login = Login(sorted([*person.sent, *stolen]), world, begin, dice.uniform(0, MINUTE_S))
             for rule in RULES:
-                incidents = login.incidents(rule, never_forgiven)
-                first = incidents[0] if incidents else Incident(math.inf, "", math.inf)
+                [first, *_] = login.incidents(rule, lambda at: math.inf) or [Incident(math.inf, "", math.inf)]
                 passed = [message.recipients for message in stolen if message.at < first.at]
-                week = sum(not any(incident.holds(message.at) for incident in incidents) for message in stolen)
-                notes[("leaked", kind, *rule[:2])].append((sum(passed), len(passed), week, first.rule not in LASTING))
+                notes[("leaked", kind, *rule[:2])].append((sum(passed), len(passed), first.rule not in LASTING))
     return notes
-
-
-def mean(counts: Sequence[int], units: float) -> str:
-    """Return the mean of a unit and its 95 % interval, as people come by chance; of nobody, three at most."""
-    if not counts:
-        return f"0 (0-{3 / units:.2f})"
-    total, spread = sum(counts), 1.96 * math.hypot(*counts)
-    return f"{total / units:.2f} ({max(0, total - spread) / units:.2f}-{(total + spread) / units:.2f})"
 
 
 def median(figures: Iterable[int]) -> str:
@@ -462,42 +420,36 @@ def report(notes: Notes, units: float) -> Iterator[str]:
     for name, days, *_ in RULES:
         fast, slow, *one = (notes["leaked", kind, name, days] for kind in kinds[:5])
         leaks = [leak[0] for leak in fast], [leak[1] for leak in slow], [leak[0] for leaks in one for leak in leaks]
-        held = [mean(notes["held", people, name, days], units) for people in names]
+        held = [f"{len(notes['held', people, name, days]) / units:.2f}" for people in names]
         yield f"| {name} | {days or '-'} | {' | '.join([*map(median, leaks), *held])} |"
     yield ""
-    for people, figure in zip(names, held):
-        who, abroad = notes["who", people, name, days], max(1, sum(notes["abroad", people]))
-        written = sum(notes["messages", people]) / units / 2000
-        yield f"- {people}: {figure} held, on {100 * who.count('abroad') / abroad:.2f} % of {abroad} days abroad;"
-        yield f"  {written:.1f} messages a person and day; who, or when: {dict(Counter(who).most_common()) or 'nobody'}"
+    for people in names:
+        who, abroad = notes["held", people, name, days], len(notes["abroad", people])
+        share = f"{100 * who.count('abroad') / max(1, abroad):.2f} % of {abroad} days abroad"
+        yield f"- {people}: held on {share}; who, or when: {dict(Counter(who).most_common()) or 'nobody'}"
     for kind in kinds:
-        recipients, messages, week, unseen = zip(*notes["leaked", kind, name, days])
+        recipients, messages, unseen = zip(*notes["leaked", kind, name, days])
         share = f"the quota alone holds {100 * sum(unseen) / len(unseen):.0f} %"
-        yield f"- {kind}: {median(recipients)} recipients, {median(messages)} messages ({share}; {median(week)} a week)"
+        yield f"- {kind}: {median(recipients)} recipients, {median(messages)} messages ({share})"
 
 
 def main() -> None:
-    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1, help="other people and thieves (default: 1)")
     parser.add_argument("--seeds", type=int, default=3, help="so many of them, from --seed on (default: 3)")
     parser.add_argument("--users", type=int, default=2000, help="of each population and seed (default: 2000)")
     parser.add_argument("--days", type=int, default=28, help=f"that are judged, after {WARM_UP} (default: 28)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a processor)")
-    parser.add_argument("--quick", action="store_true", help="one seed, 40 users, 7 days: seconds, and no figures")
     options = parser.parse_args()
-    if options.quick:
-        options.seeds, options.users, options.days = 1, 40, 7
-    seeds, victims = range(options.seed, options.seed + options.seeds), 2 if options.quick else 20
-    tasks = [(people, seed, options.users, options.days, victims) for seed in seeds for people in POPULATIONS[::-1]]
+    seeds = range(options.seed, options.seed + options.seeds)
+    tasks = [(people, seed, options.users, options.days, options.users // 100)  # one in a hundred falls victim
+             for seed in seeds for people in POPULATIONS[::-1]]  # fmt: skip
     notes, units = Notes(list), options.users * options.days * options.seeds / 2000
-    with multiprocessing.Pool(options.jobs) as pool:
+    with multiprocessing.Pool() as pool:
         for more in pool.starmap(replay, tasks, chunksize=1):
             for key, seen in more.items():
                 notes[key] += seen
     print(f"Seeds {seeds[0]} to {seeds[-1]}, {options.users} people of each population, {options.days} days.")
-    print("Of thieves: recipients before the hold, the middle one and nine in ten.  Held: per 2000 people and day;")
-    print("in a week: messages that pass if nobody sees to the thief, though each hold ends after 24 h.\n")
+    print("Of thieves: recipients before the hold, the middle one and nine in ten.  Held: per 2000 people and day.\n")
     print("\n".join(report(notes, units)))
 
 
