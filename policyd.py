@@ -838,7 +838,8 @@ def _connection_class() -> Any:
             lambda self: max(0.01, min(self.connect_timeout, self.deadline - time.monotonic())), lambda self, _: None
         )  # at each wait, so that no server can dribble us beyond the deadline
 
-        def query(self, *arguments: Any) -> Any:  # what could come in late, beside its journaled copy, is not sent
+        def query(self, *arguments: Any) -> Any:
+            """Send a statement, unless it could come in late, beside its journaled copy."""
             if self.deadline - time.monotonic() <= LATE_ROW_S:
                 raise RepositoryUnavailable("the database is too slow")
             return super().query(*arguments)
@@ -1004,6 +1005,12 @@ REFUSALS = 4025, 3819, 1644, 1364, 1048
 # What has certainly done nothing, and may do better: deadlock or Galera conflict, record has changed since (both rolled
 # back), no such index any more.  Not a time-out or 1205, a lock wait: the statement may come to its end all the same.
 RETRIED = 1213, 1020, 1176
+
+
+@functools.cache
+def _incidents_of(kinds: int) -> frozenset[str]:
+    """Return the incidents that the database has FOUND; bit 0 stands for what is none, the others for one each."""
+    return frozenset(incident for n, incident in enumerate(INCIDENTS, start=1) if kinds >> n & 1)
 
 
 class MariaDBRepository:
@@ -1289,12 +1296,6 @@ class MariaDBRepository:
         self._table = Table(columns, login, force_index, remedy)
         self._long, self._next_look = {}, time.monotonic() + MINUTE_S
         return self._table
-
-
-@functools.cache
-def _incidents_of(kinds: int) -> frozenset[str]:
-    """Return the incidents that the database has FOUND; bit 0 stands for what is none, the others for one each."""
-    return frozenset(incident for n, incident in enumerate(INCIDENTS, start=1) if kinds >> n & 1)
 
 
 class SQLiteRepository:
