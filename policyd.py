@@ -88,7 +88,7 @@ import time
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 if TYPE_CHECKING:
     import pymysql
@@ -174,7 +174,7 @@ class Log:
         # Without a lock, which every line would wait for: it is no matter if one of thousands is not counted.
         self._dropped = 0
         self._complaints: dict[str, tuple[float, int, str]] = {}  # of a topic: since when, how many more, the last line
-        self.to_stderr = False
+        self._write: Callable[[int, str], object] = syslog.syslog
         self.thread = threading.Thread(target=self._write_all, name="log", daemon=True)
 
     def start(self, to_stderr: bool) -> None:
@@ -182,7 +182,8 @@ class Log:
 
         Where nobody listens on /dev/log (a container, a terminal of a fresh machine) lines to syslog would be lost.
         """
-        self.to_stderr = to_stderr or not os.path.exists("/dev/log")
+        if to_stderr or not os.path.exists("/dev/log"):
+            self._write = lambda _, line: print(f"policyd[{os.getpid()}]: {line}", file=sys.stderr, flush=True)
         syslog.openlog("policyd", syslog.LOG_PID, syslog.LOG_DAEMON)
         self.thread.start()
 
@@ -222,10 +223,7 @@ class Log:
     def _write_all(self) -> None:
         while (item := self._lines.get()) is not None:
             with contextlib.suppress(OSError, ValueError):  # stderr is closed: nobody to tell
-                if self.to_stderr:
-                    print(f"policyd[{os.getpid()}]: {item[1]}", file=sys.stderr, flush=True)
-                else:
-                    syslog.syslog(*item)
+                self._write(*item)
             if self._dropped and self._lines.empty():
                 self.warning(f"{self._dropped} log lines were lost: syslog did not take them")
                 self._dropped = 0
@@ -295,6 +293,8 @@ class Limits(NamedTuple):
     places: int = NEVER  # new ones within half an hour: held beyond it, and beyond three times as many in 24 h
     new_place_quota: int = NEVER  # recipients of an hour from new places: held from it on
     early_signs: bool = False  # do incidents of this kind hold here?
+    own: str = ""  # the login or @domain whose quota= this is; empty: everybody's
+    rows: int = NEVER  # so many of the newest events decide
 
 
 # How a value is read: what to write, what that looks like (capitals aside), and what makes the value of it: it may
@@ -322,13 +322,11 @@ def _span(text: str) -> tuple[int, ...] | None:
 
 def _servers(text: str) -> tuple[tuple[str, int | None], ...] | None:
     """Read `host`, `host:port`, `[IPv6]:port` or `/socket`, several with commas or spaces between."""
-    servers: list[tuple[str, int | None]] = []
-    for server in text.replace(",", " ").split():
-        match = re.fullmatch(r"(/.+|[^][:/]+|(?=.*:.*:)[0-9A-Fa-f:.]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?", server)
-        if not match or not 0 < int(match[2] or 1) < 65536:
-            return None
-        servers.append((match[1].strip("[]"), int(match[2]) if match[2] else None))
-    return tuple(servers) or None
+    server = r"(/.+|[^][:/]+|(?=.*:.*:)[0-9A-Fa-f:.]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?"
+    found = [re.fullmatch(server, each) for each in text.replace(",", " ").split()]
+    is_right = found and all(match and 0 < int(match[2] or 1) < 65536 for match in found)
+    servers = [(match[1].strip("[]"), int(match[2]) if match[2] else None) for match in found if match]
+    return tuple(servers) if is_right else None
 
 
 # What people write into lists, and no login, sender or domain ever is: it would be on no list, and nobody would know.
@@ -395,7 +393,7 @@ class Settings:
     always_allow: UserList = _setting(NOBODY, "give one mail address", r"[^@\s,;:<]+@[\w.-]+", str.lower)
     whitelist: UserList = _setting(NOBODY, *ENTRY)
     blacklist: UserList = _setting(NOBODY, *ENTRY)
-    whitelist_days: tuple[int, int] = _setting((1, 5), "give FROM-TO, say 1-5", "[1-7] *- *[1-7]", _span)
+    whitelist_days: tuple[int, int] = _setting((1, 5), "give FROM-TO, say 1-5", "0?[1-7] *- *0?[1-7]", _span)
     whitelist_hours: tuple[int, int] = _setting(
         (7, 19), "give FROM-TO, say 7-19", "([01]?[0-9]|2[0-4]) *- *([01]?[0-9]|2[0-4])", _span)  # fmt: skip
     keep_days: int = _setting(7, *_number(2, 36_500))
@@ -423,10 +421,9 @@ class Settings:
         """
         given: dict[str, list[tuple[Any, int]]] = {}  # of each key its values, with the numbers of their lines
         try:
-            with open(path, "rb") as file:
-                text = file.read().decode("utf-8-sig", "surrogateescape")
-            for number, line in enumerate(text.split("\n"), start=1):
-                cls._read_line(line.strip(), number, given)
+            with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+                for number, line in enumerate(file, start=1):
+                    cls._read_line(line.strip(), number, given)
         except OSError as error:
             hint = f"; try: chown root:policyd {path} && chmod 0640 {path}" if error.errno == errno.EACCES else ""
             raise SettingsError(f"{path}: {error.strerror}{hint}") from error
@@ -501,45 +498,37 @@ class Settings:
         """The limits of each login and @domain with a quota of its own; of everybody else under the empty text.
 
         Made once, for each message asks for them.  rejectquota= is for those without a quota of their own.
+
+        Of `rows`: beyond all limits, its own or else everybody's, a login's older events change nothing, and each has a
+        recipient at least.  Those of a batch are on top: running sums are computed back from the last one.
         """
         early = (self.max_places or NEVER, self.new_place_quota or NEVER, True) if self.early_signs != "no" else ()
         reject_at = self.rejectquota or 2 * self.defaultquota
         everybody = Limits(self.defaultquota, reject_at, self.hourquota or NEVER, *early)
         limits = {"": everybody}
         for (name, day, hour), _ in self.quota.given:
+            login = self.login_of(name)
             reject_at = 2 * day if 0 < day < NEVER else NEVER  # 0 is there to hold all mail, not to refuse it
             hour = everybody.hour if hour < 0 else hour or NEVER
-            own = everybody._replace(hold_at=day, reject_at=reject_at, hour=hour)
+            own = everybody._replace(hold_at=day, reject_at=reject_at, hour=hour, own=login)
             # Of a single login the bulk is known, of a domain not.
-            limits[self.login_of(name)] = own if name.startswith("@") else own._replace(new_place_quota=NEVER)
+            limits[login] = own if name.startswith("@") else own._replace(new_place_quota=NEVER)
+        for login, each in limits.items():
+            decisive = [limit for limit in each[:3] if limit < NEVER] or [everybody.hold_at, everybody.reject_at]
+            limits[login] = each._replace(rows=BATCH_EVENTS + max(decisive))
         return limits
-
-    def quota_of(self, login: str) -> str:
-        """Return the login or @domain whose quota= is for `login`, or an empty text: a key of `limits`.
-
-        The domain is exact, and `anna` alone belongs to none.
-        """
-        if len(self.limits) == 1:
-            return ""
-        domain = "".join(login.rpartition("@")[1:])
-        return login if login in self.limits else domain if domain in self.limits else ""
 
     def limits_of(self, login: str, sasl_username: str = "") -> Limits:
-        """Return the limits of a login, by which a whitelist may mean its whole `sasl_username`, too."""
-        limits = self.limits[self.quota_of(login)]
-        is_asked = limits.early_signs and self.whitelist.lines
-        if is_asked and self.whitelist.line_of(names_of(sasl_username or login, login, ""), ""):
-            return limits._replace(new_place_quota=NEVER)  # its bulk is known, at any hour
-        return limits
+        """Return the limits of a login: its own, or those of its domain, or everybody's.
 
-    def rows_of(self, login: str) -> int:
-        """Return how many of a login's newest events decide.
-
-        Beyond all limits, its own and everybody's, older events change nothing, and each has a recipient at least.
-        Those of a batch are on top: running sums are computed back from the last one.
+        The domain is exact, and `anna` alone belongs to none.  With a `sasl_username`, which may be no more than the
+        login, it counts, too, that the bulk of whoever stands on a whitelist is known, at any hour.
         """
-        limits = *self.limits[self.quota_of(login)][:3], *self.limits[""][:3]
-        return max([limit for limit in limits if limit < NEVER]) + BATCH_EVENTS
+        limits = self.limits.get(login) or self.limits.get("".join(login.rpartition("@")[1:])) or self.limits[""]
+        is_asked = sasl_username and limits.early_signs and self.whitelist.lines
+        if is_asked and self.whitelist.line_of(names_of(sasl_username, login, ""), ""):
+            return limits._replace(new_place_quota=NEVER)
+        return limits
 
     @functools.cached_property
     def needs_hour(self) -> bool:
@@ -623,6 +612,17 @@ def parse_request(lines: bytes) -> PolicyRequest:
     return PolicyRequest._make([*[attributes.get(name, "") for name in PolicyRequest._fields[:-1]], int(count)])
 
 
+def _limit_waiting(connection: socket.socket, seconds: float) -> None:
+    """Let no recv() of a connection wait for longer; it then raises BlockingIOError.
+
+    The kernel's own limit: with Python's each recv() is a poll() before, which costs a twentieth of the speed.
+    """
+    option = socket.SOL_SOCKET, socket.SO_RCVTIMEO
+    width = len(connection.getsockopt(*option, 16)) // 2  # of the numbers of a timeval: on 32 bits not always a long's
+    whole, rest = divmod(int(seconds * 1e6), 1_000_000)
+    connection.setsockopt(*option, whole.to_bytes(width, sys.byteorder) + rest.to_bytes(width, sys.byteorder))
+
+
 def requests(connection: socket.socket) -> Iterator[PolicyRequest]:
     """Yield the requests of a connection until it ends, or is idle for too long; raises ProtocolError and OSError.
 
@@ -630,7 +630,7 @@ def requests(connection: socket.socket) -> Iterator[PolicyRequest]:
     dribbles is looked at anew with each piece, which its size and its time keep cheap.
     """
     received, deadline = b"", 0.0  # by when the request that has begun must be here
-    connection.settimeout(IDLE_TIMEOUT_S)  # not each time: it lets another thread in, which costs a tenth of the speed
+    _limit_waiting(connection, IDLE_TIMEOUT_S)
     while True:
         lines, end, rest = received.partition(b"\n\n")
         if len(lines) + len(end) > MAX_REQUEST:
@@ -638,16 +638,16 @@ def requests(connection: socket.socket) -> Iterator[PolicyRequest]:
         first, newline, _ = lines.partition(b"\n")
         if end or (newline and b"=" not in first):  # a health check that speaks HTTP never sends an end: refused now
             if deadline:
-                connection.settimeout(IDLE_TIMEOUT_S)
+                _limit_waiting(connection, IDLE_TIMEOUT_S)
             received, deadline = rest, 0.0
             yield parse_request(lines)
             continue
         if received:
             deadline = deadline or time.monotonic() + REQUEST_TIMEOUT_S
-            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            _limit_waiting(connection, max(0.001, deadline - time.monotonic()))
         try:
-            more = connection.recv(MAX_REQUEST)
-        except socket.timeout:
+            more = connection.recv(MAX_LINE)  # most requests in one piece, and a small buffer for each
+        except BlockingIOError:
             if received:
                 raise ProtocolError(f"incomplete after {REQUEST_TIMEOUT_S} s") from None
             return  # nobody has asked anything: no news
@@ -772,9 +772,8 @@ def in_office_hours(now: time.struct_time, days: tuple[int, int], hours: tuple[i
 # ---- storage: events in, usages out; two stores with the same methods ------------------------------------------
 #
 # Both can insert(), tell usages(), ask() anything else, check() whether they can be used, name other problems(),
-# purge() and init(), resolve() names before all that, and close().  All raise RepositoryUnavailable; deadlines are
-# monotonic seconds.  The recorder's thread inserts and asks for the sums, one that looks for the store resolves and
-# checks, the housekeeper's purges and sweeps.
+# init() and close().  All raise RepositoryUnavailable; deadlines are monotonic seconds.  The recorder's thread inserts
+# and asks for the sums, one that looks for the store checks it, the housekeeper's purges and sweeps.
 
 CONNECT_TIMEOUT_S = 1
 LATE_ROW_S = 0.2  # by so much sooner than we stop waiting, the server ends a statement, and none is begun any more
@@ -784,8 +783,11 @@ PURGE_SLICE = 10_000  # rows of one DELETE
 PATIENCE_S = 600  # for a statement for which no mail waits
 KEPT_TEXT = 255  # characters of a login, sender or address that are kept: the columns of scripts/schema.sql
 INCIDENTS = [f"{action} {rule}" for rule in RULES for action in ("HOLD", "REJECT")]
-INSERT_INTO = "INSERT INTO {table} (ts, sasl_username, sender, client_address, recipient_count)"  # in words of ask()
-TIMES = {"half_hour": HALF_HOUR_S, "hour": HOUR_S, "day": DAY_S, "judge": DAYS_TO_JUDGE * DAY_S}  # see ask()
+EVENT_COLUMNS = "ts, sasl_username, sender, client_address, recipient_count"
+INSERT_INTO = f"INSERT INTO {{table}} ({EVENT_COLUMNS})"  # in words of ask()
+# The seconds of {since NAME}, see ask(); some are told with each statement.
+PERIODS = {"half_hour": HALF_HOUR_S, "hour": HOUR_S, "day": DAY_S, "judge": DAYS_TO_JUDGE * DAY_S,
+           **{name: f"%({name})s" for name in ("window", "lately", "keep")}}  # fmt: skip
 
 
 class RepositoryUnavailable(Exception):
@@ -816,6 +818,8 @@ def run_up(logins: Sequence[str], events: Sequence[Event], totals: Mapping[str, 
 
     Computed back, because a store is asked once a batch and login, when all is in it.
     """
+    if len(totals) == len(logins):
+        return [totals[login] for login in logins]  # each of them once, as mostly
     left = dict(totals)
     usages = []
     for login, event in zip(reversed(logins), reversed(events)):
@@ -832,17 +836,14 @@ def _connection_class() -> Any:
     import pymysql  # here: the embedded store needs nothing but Python
 
     class BoundedConnection(pymysql.connections.Connection):  # type: ignore[misc, type-arg, unused-ignore]
-        deadline = 0.0  # monotonic
+        deadline = idle_since = 0.0  # monotonic
         certified_name = ""  # of the server, where TLS is asked for: the host is one of its addresses
+        # Anew for each packet, so that a slow server does not keep us beyond the deadline; in steps, since each new
+        # limit costs the driver a system call, during which Python lets other threads in.
         _read_timeout = _write_timeout = property(
-            lambda self: max(0.01, min(self.connect_timeout, self.deadline - time.monotonic())), lambda self, _: None
-        )  # at each wait, so that no server can dribble us beyond the deadline
-
-        def query(self, *arguments: Any) -> Any:
-            """Send a statement, unless it could come in late, beside its journaled copy."""
-            if self.deadline - time.monotonic() <= LATE_ROW_S:
-                raise RepositoryUnavailable("the database is too slow")
-            return super().query(*arguments)
+            lambda self: max(0.01, int(10 * min(self.connect_timeout, self.deadline - time.monotonic())) / 10),
+            lambda self, _: None,
+        )
 
         def _request_authentication(self) -> None:  # the next step sends the password
             if self.certified_name and not self.server_capabilities & pymysql.constants.CLIENT.SSL:  # type: ignore
@@ -854,18 +855,17 @@ def _connection_class() -> Any:
 
 
 class ConnectionPool:
-    """PyMySQL connections to the first server of `dbhost` that answers, kept for the next batch.
+    """PyMySQL connections to the first server of `dbhost` that answers; one is kept for the next batch.
 
-    A connection in which anything failed is not nursed, nor is any other one to the same server trusted.  Who has a
-    deadline comes from one thread at a time: the recorder's, or, while that leaves the store alone, the one that looks
-    for it.  Without a deadline from any.
+    One in which anything failed is not nursed.  Who has a deadline comes from one thread at a time: the recorder's, or,
+    while that leaves the store alone, the one that looks for it.  Without a deadline from any.
     """
 
     # For both kinds of server: each skips what is the other's.  Some begin with autocommit=0, which the driver does not
-    # notice, so that nothing would ever be committed; some with a sql_mode that refuses each null sender.  time_zone
-    # stays as it is: the rows of an old table are in the server's local time.  The server ends a statement itself
-    # after 2 s, so that it leaves no late row behind.
-    INIT = "SET SESSION autocommit=1, sql_mode='STRICT_ALL_TABLES'"
+    # notice, so that nothing would ever be committed; some with a sql_mode that refuses each null sender, or another
+    # character set, which PyMySQL 1.0 leaves alone.  time_zone stays as it is: the rows of an old table are in the
+    # server's local time.  The server ends a statement itself after 2 s, so that it leaves no late row behind.
+    INIT = "SET NAMES utf8mb4, SESSION autocommit=1, sql_mode='STRICT_ALL_TABLES'"
     LIMITS = "/*M! , max_statement_time=2 */" \
              " /*!50708 , max_execution_time=2000, lock_wait_timeout=2, innodb_lock_wait_timeout=2 */"
 
@@ -874,7 +874,7 @@ class ConnectionPool:
         self._servers = collections.deque(settings.dbhost)  # the next connection begins with the first one
         self._addresses: dict[str, list[str]] = {}  # of each server, as far as they were ever found
         self._failures: dict[str, str] = {}  # of each server the last one, for the log
-        self._idle: list[tuple[Any, float]] = []  # with the time of its last use
+        self._idle: Any = None  # the connection for the next batch
 
     def resolve(self) -> None:
         """Look up the servers' names, which takes as long as DNS pleases; one that is not found keeps its addresses.
@@ -906,24 +906,23 @@ class ConnectionPool:
                 connection._force_close()  # without a word: it may be broken in any way, or in a transaction
             if deadline is not None:  # begin with the next server: this one may answer, but does not do its work
                 self._servers.rotate(-1)
-                self.close()
             is_large = error.args[:1] in ((1153,), (2006,))  # or it hangs up while we are still sending
             raise (TooLarge if is_large else RepositoryUnavailable)(str(error)) from error
         if deadline is None:
             connection.close()
         else:
-            self._idle.append((connection, time.monotonic()))
+            self._idle, connection.idle_since = connection, time.monotonic()
 
     def _take(self) -> Any:
-        """Return an idle connection that nobody has closed, or None.
+        """Return the connection of the last batch, or None, if somebody has closed it.
 
         It is looked at first, because to use one, to fail and to try again may count twice.
         """
-        while self._idle:
-            connection, used = self._idle.pop()
+        connection, self._idle = self._idle, None
+        if connection:
             poll = select.poll()  # not select(), which knows no descriptor beyond 1023
             poll.register(connection._sock, select.POLLIN)
-            if time.monotonic() - used < IDLE_CONNECTION_S and not poll.poll(0):
+            if time.monotonic() - connection.idle_since < IDLE_CONNECTION_S and not poll.poll(0):
                 return connection
             connection.close()
         return None
@@ -966,9 +965,9 @@ class ConnectionPool:
         return connection
 
     def close(self) -> None:
-        """Close the idle connections."""
-        while self._idle:
-            self._idle.pop()[0].close()
+        """Close the idle connection."""
+        if self._idle:
+            self._idle.close()
 
 
 CODECS = {"utf8mb4": "utf-8", "latin1": "cp1252"}  # MariaDB's latin1 is cp1252; of the others we use ASCII
@@ -981,6 +980,8 @@ def fit(text: str, column: tuple[int, str]) -> str:
     login spoils the statement of all, and logins that an old table cuts to the same share a quota.
     """
     width, codec = column
+    if text.isascii() and len(text) <= width and not text.endswith(" "):
+        return text  # as most are
     return text.encode(codec, "backslashreplace").decode(codec)[:width].rstrip(" ")
 
 
@@ -990,11 +991,16 @@ class Table(NamedTuple):
     columns: list[tuple[int, str]]  # width in characters and Python codec of the three texts
     login: str  # the expression by which two logins are equal only if they are
     force_index: str  # FORCE INDEX (...), of one that begins (sasl_username, ts
-    remedy: str  # if there is none, or none that may be used
+    remedy: str  # where there is none that may be used
 
 
 def _query(connection: Any, statement: str, arguments: object = None) -> list[Any]:
-    """Run one statement; return its rows, or the number of those it changed as one; raises pymysql.MySQLError."""
+    """Run one statement; return its rows, or the number of those it changed as one; raises pymysql.MySQLError.
+
+    Raises RepositoryUnavailable if it could come in late, beside its journaled copy.
+    """
+    if connection.deadline - time.monotonic() <= LATE_ROW_S:
+        raise RepositoryUnavailable("the database is too slow")
     with connection.cursor() as cursor:
         changed = cursor.execute(statement, arguments or None)
         return list(cursor.fetchall()) if cursor.description else [(changed,)]
@@ -1007,10 +1013,11 @@ REFUSALS = 4025, 3819, 1644, 1364, 1048
 RETRIED = 1213, 1020, 1176
 
 
-@functools.cache
-def _incidents_of(kinds: int) -> frozenset[str]:
-    """Return the incidents that the database has FOUND; bit 0 stands for what is none, the others for one each."""
-    return frozenset(incident for n, incident in enumerate(INCIDENTS, start=1) if kinds >> n & 1)
+def _usage_of(found: str) -> tuple[Usage, int]:
+    """Return what the database has FOUND, and what was recorded; bit 0 stands for no incident, the others for one."""
+    recipients, of_hour, recorded, kinds = map(int, found.split())
+    incidents = frozenset(what for n, what in enumerate(INCIDENTS, 1) if kinds >> n & 1) if kinds else NOTHING.incidents
+    return Usage(recipients, of_hour, incidents), recorded
 
 
 class MariaDBRepository:
@@ -1026,14 +1033,17 @@ class MariaDBRepository:
     CHARSET = "DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin"
     CREATE = f"CREATE TABLE IF NOT EXISTS `{{table}}` ({', '.join(COLUMNS)}, {PRIMARY}, {KEY}) ENGINE=InnoDB {CHARSET}"
     UPGRADE = f"ALTER TABLE `{{table}}` MODIFY {', MODIFY '.join(COLUMNS)}, {CHARSET}"
-    FACTS = (  # of the three texts, then of all else
-        "SELECT character_maximum_length, character_set_name, collation_name FROM information_schema.columns"
-        " WHERE table_schema = DATABASE() AND table_name = %s"
-        " ORDER BY FIELD(column_name, 'client_address', 'sender', 'sasl_username') DESC"
-    )
-    INDEXES = (
-        "SELECT index_name FROM information_schema.statistics WHERE table_schema = DATABASE() AND table_name = %s"
-        " AND (seq_in_index, column_name) IN ((1, 'sasl_username'), (2, 'ts')) GROUP BY index_name HAVING COUNT(*) = 2"
+    # Of the three texts, then of all else; with each the index by which a login is found, if there is one, and whether
+    # it must not be used, as each kind of server says that.
+    FACTS = (
+        "SELECT character_maximum_length, character_set_name, collation_name, serving, is_hidden, facts.*"
+        " FROM information_schema.columns AS facts LEFT JOIN (SELECT index_name AS serving,"
+        " MAX(/*M!100600 ignored = 'YES' OR */ /*!80000 is_visible = 'NO' OR */ FALSE) AS is_hidden"
+        " FROM information_schema.statistics WHERE table_schema = DATABASE() AND table_name = %(table)s"
+        " AND (seq_in_index, column_name) IN ((1, 'sasl_username'), (2, 'ts'))"
+        " GROUP BY index_name HAVING COUNT(*) = 2 ORDER BY is_hidden LIMIT 1) AS indexes ON TRUE"
+        " WHERE table_schema = DATABASE() AND table_name = %(table)s"
+        " ORDER BY FIELD(column_name, 'client_address', 'sender', 'sasl_username') DESC, ordinal_position"
     )
     # From here on in the words of ask().  The insert takes what is left of the time with it, for MariaDB; on MySQL only
     # locks are waited for, and these have a limit.  Two messages of one millisecond add up; ts = ts, because
@@ -1042,38 +1052,40 @@ class MariaDBRepository:
     ADD_UP = "ON DUPLICATE KEY UPDATE recipient_count = COALESCE(recipient_count, 0) + VALUES(recipient_count), ts = ts"
     # A relay's clock may be ahead, even of what FROM_UNIXTIME knows; nobody is to be held until next month for that.
     THEN = "LEAST(FROM_UNIXTIME(LEAST({}, 2147483647000) / 1000), CURRENT_TIMESTAMP(3))"
-    NO_ROW = "SELECT {now}, '', '', '', 0 FROM DUAL WHERE FALSE"
+    NO_ROW = f"SELECT {{now}}, '', '', '', 0 FROM DUAL WHERE EXISTS (SELECT 1 FROM {{from_}} WHERE FALSE) {ADD_UP}"
     NOW = "CURRENT_TIMESTAMP(3)"  # of the database: one clock for all relays
     AGE = "TIMESTAMPDIFF(MICROSECOND, ts, CURRENT_TIMESTAMP(3)) / 1e6"
     PLACE = "IF(LEFT(client_address, 8) = '64:ff9b:', client_address," \
             " SUBSTRING_INDEX(SUBSTRING_INDEX(TRIM(LEADING '::ffff:' FROM client_address), '.', 1), ':', 1))"
     BINARY = "CONVERT(sasl_username USING utf8mb4) COLLATE utf8mb4_bin"  # equal only if it is
-    SUM_OF = "CAST(SUM({}) AS SIGNED)"  # else the driver makes a Decimal of it
-    OF_HOUR = SUM_OF.format("IF({since hour}, GREATEST(recipient_count, 0), 0)")  # a third of the scan's time
-    # The recipients of the day and of the hour (what is below 0 was forgiven), and the incidents as bits: a scan of the
-    # index tells them all; GROUP_CONCAT takes twice as long, and MAX would hide one incident behind the other.
+    # The recipients of the day and of the hour (what is below 0 was forgiven), all that were recorded, and incidents as
+    # bits: a scan of the index tells them; GROUP_CONCAT takes ten times as long, and MAX would hide one incident behind
+    # the other.  As one text, since for each column the driver takes as long as the server for a hundred rows.
+    OF_HOUR = "COALESCE(SUM(IF({since hour}, GREATEST(recipient_count, 0), 0)), 0)"  # a third of the scan's time
     FOUND = (
-        f"{SUM_OF.format('GREATEST(recipient_count, 0)')}, {OF_HOUR},"
-        f" BIT_OR(IF(recipient_count IS NULL, 1 << FIELD(client_address, {str(INCIDENTS)[1:-1]}), 0))"
+        f"CONCAT_WS(' ', COALESCE(SUM(GREATEST(recipient_count, 0)), 0), {OF_HOUR},"
+        " COALESCE(SUM(ABS(recipient_count)), 0),"
+        f" BIT_OR(IF(recipient_count IS NULL, 1 << FIELD(client_address, {str(INCIDENTS)[1:-1]}), 0)))"
     )
-    # Of many logins at once, which takes 11 us for each, and 83 in a subselect of its own; and all that was recorded,
-    # forgiven already perhaps.  The column's collation may find more logins than were asked for.
-    SUMS = (f"SELECT {{login}} AS login, {FOUND}, {SUM_OF.format('ABS(recipient_count)')} FROM {{from_}}"
-           " WHERE sasl_username IN %(logins)s AND {since day} GROUP BY login")  # fmt: skip
+    # Of many logins at once, which takes 11 us for each, and 83 in a subselect of its own.  The column's collation may
+    # find more logins than were asked for.
+    SUMS = (f"SELECT {{login}} AS login, {FOUND} FROM {{from_}} WHERE sasl_username IN %(logins)s AND {{since day}}"
+            " GROUP BY login")  # fmt: skip
     # Of one login's newest rows, so that a long history costs no more than a short one; that may hide older incidents.
     NEWEST = (
         f"SELECT {FOUND} FROM (SELECT ts, client_address, recipient_count FROM {{from_}} WHERE {{of_login}} AND"
         " {since day} AND (recipient_count > 0 OR recipient_count IS NULL) ORDER BY ts DESC LIMIT %(rows)s) AS newest"
     )
-    PURGE = "DELETE FROM {table} WHERE ts < {now} - INTERVAL %s DAY ORDER BY ts LIMIT %s"
+    PURGE = "DELETE FROM {table} WHERE NOT {since keep} ORDER BY ts LIMIT %(rows)s"
 
     def __init__(self, settings: Settings) -> None:
         _connection_class()  # a driver that is missing is missed at the start
         self._settings, self._name = settings, settings.policy_table
         self._pool = ConnectionPool(settings)
         self.resolve, self.close = self._pool.resolve, self._pool.close
-        self._table: Table | None = None  # as last seen
+        self._table: Table  # as last seen
         self._next_look = 0.0  # at it
+        self.has_index = False  # by which a login's events are found without reading all others'
         self._long: dict[str, frozenset[str]] = {}  # logins past all limits at this look, and their incidents
 
     def __str__(self) -> str:
@@ -1086,42 +1098,42 @@ class MariaDBRepository:
         recipients; and the primary key is all but the number.  Where a row is refused for its own sake we close in on
         it by halves, since a statement for each row would take too long.
         """
-        moments: list[str] = []
+        rows: list[str] = []
         equal: collections.Counter[object] = collections.Counter()
         for when, event in zip(times or itertools.repeat(None), events):
-            moment = self.NOW if when is None else self.THEN.format(when)
-            moments.append(f"{moment} - INTERVAL {1000 * equal[when, event[:3]]} MICROSECOND")
-            equal[when, event[:3]] += 1
+            moment, what = self.NOW if when is None else self.THEN.format(when), (when, event[:3])
+            rows.append(f"({moment} - INTERVAL {1000 * equal[what]} MICROSECOND, %s, %s, %s, %s)")
+            equal[what] += 1
         refused: dict[int, Exception] = {}
         slices, tries = [(0, len(events))], RACE_TRIES
         with self._pool.connection(deadline) as connection:
             while slices:
                 first, after = slices.pop()
-                error = self._insert(connection, moments[first:after], events[first:after], tries)
+                error = self._insert(connection, rows[first:after], events[first:after], tries)
                 middle = (first + after) // 2
                 if error and tries > 1:  # from now on a failure on the way must not leave half of them behind
                     connection.begin()
-                    tries = 1
-                if error and first < middle:  # the second half first: its equal rows must not fall on newer ones
+                    tries, self._next_look = 1, 0.0  # the table may have been altered since it was looked at
+                    slices.append((first, after))
+                elif error and first < middle:  # the second half first: its equal rows must not fall on newer ones
                     slices += (first, middle), (middle, after)
                 elif error:
                     refused[first] = error
             if tries == 1:
-                connection.commit()
+                _query(connection, "COMMIT")
         for n, error in refused.items():
             log.error(f"ERROR while UPDATING db: {error}; not counted: {'/'.join(map(str, events[n]))}")
         return set(refused)
 
-    def _insert(self, connection: Any, moments: Sequence[str], events: Sequence[Event], tries: int) -> Exception | None:
+    def _insert(self, connection: Any, rows: Sequence[str], events: Sequence[Event], tries: int) -> Exception | None:
         """Insert events in one statement; return why the database refuses one of them for its own sake, if it does.
 
         Raises pymysql.MySQLError for anything else, which is an outage, and no reason to drop a row.
         """
         columns = self._look(connection).columns
-        rows = ", ".join(f"({moment}, %s, %s, %s, %s)" for moment in moments)
         values = [value for event in events for value in (*map(fit, event[:3], columns), event.recipient_count)]
         try:
-            self._ask(connection, f"{self.INSERT} VALUES {{rows}} {self.ADD_UP}", values, tries, rows)
+            self._ask(connection, f"{self.INSERT} VALUES {{rows}} {self.ADD_UP}", values, tries, ", ".join(rows))
         except pymysql.MySQLError as error:
             if isinstance(error, (pymysql.DataError, pymysql.IntegrityError)) or error.args[0] in REFUSALS:
                 return error
@@ -1137,33 +1149,34 @@ class MariaDBRepository:
         newest, sums = (text if settings.needs_hour else text.replace(self.OF_HOUR, "0")
                         for text in (self.NEWEST, self.SUMS))  # fmt: skip
         rows: dict[str, int] = {}  # of each login that decide; an old table cuts several to one
-        unseen: collections.Counter[str] = collections.Counter()  # of each, what was inserted
+        unseen: dict[str, int] = {}  # of each, the recipients that were inserted
         with self._pool.connection(deadline) as connection:
             column, long = self._look(connection).columns[0], self._long
             logins = [fit(event.sasl_username, column) for event in events]
             for login, event in zip(logins, events):
-                rows[login] = max(settings.rows_of(event.sasl_username), rows.get(login, 0))
-                unseen[login] += event.recipient_count or 0
+                rows[login] = max(settings.limits_of(event.sasl_username).rows, rows.get(login, 0))
+                unseen[login] = unseen.get(login, 0) + (event.recipient_count or 0)
             totals = dict.fromkeys(rows, NOTHING)
             for login in long.keys() & rows:
-                words = {**TIMES, "login": login, "rows": rows[login] + BATCH_EVENTS}  # incidents are among them, too
-                ((recipients, of_hour, kinds),) = self._ask(connection, newest, words)
-                if (recipients or 0) < rows[login]:
+                words = {"login": login, "rows": rows[login] + BATCH_EVENTS}  # incidents are among them, too
+                ((figures,),) = self._ask(connection, newest, words)
+                found, _ = _usage_of(figures)
+                if found.recipients < rows[login]:
                     del long[login]  # it was forgiven
                     continue
-                totals[login] = Usage(recipients, of_hour, long[login] | _incidents_of(kinds))
+                totals[login] = found._replace(incidents=found.incidents | long[login])
                 del unseen[login]
-            found = self._ask(connection, sums, {**TIMES, "logins": [*unseen]}) if unseen else []
-            for name, recipients, of_hour, kinds, recorded in found:
+            for name, figures in self._ask(connection, sums, {"logins": [*unseen]}) if unseen else ():
                 if (login := name.rstrip(" ")) not in unseen:  # but like it for the column's collation
                     continue
-                totals[login] = Usage(recipients or 0, of_hour or 0, _incidents_of(kinds))
-                unseen[login] -= recorded or 0
-                if totals[login].recipients >= rows[login] and self.has_index:
-                    long[login] = totals[login].incidents
-        # What is committed and not there was read elsewhere: from a replica, which lags for more logins than we
-        # see.  Whoever was forgiven meanwhile is no such case: what is below 0 was recorded, too.
-        if any(recipients > 0 for recipients in unseen.values()):
+                found, recorded = _usage_of(figures)
+                totals[login] = found
+                unseen[login] -= recorded
+                if found.recipients >= rows[login] and self.has_index:
+                    long[login] = found.incidents
+        # What is committed and not there was read elsewhere: from a replica, which lags for more logins than we see.
+        # Whoever was forgiven meanwhile is no such case: that was recorded all the same.
+        if max(unseen.values(), default=0) > 0:
             raise RepositoryUnavailable("the server does not show what it has just stored: send policyd to the primary")
         return run_up(logins, events, totals)
 
@@ -1172,11 +1185,11 @@ class MariaDBRepository:
 
         The words, in braces: table, from_ (the same, read by login), by_time (the same, read by time), login (the
         column, each login apart), of_login (it is %(login)s), place (of the client), now, age (in s), and `since NAME`
-        (less than %(NAME)s seconds ago).  Without a deadline on a connection of its own, for ten minutes at most.
+        (less than PERIODS[NAME] seconds ago).  Without a deadline on a connection of its own, for ten minutes at most.
         """
         with self._pool.connection(deadline) as connection:
             login = fit(str(arguments.get("login", "")), self._look(connection).columns[0])
-            return self._ask(connection, statement, {**TIMES, **arguments, "login": login})
+            return self._ask(connection, statement, {**arguments, "login": login})
 
     def _ask(self, connection: Any, statement: str, arguments: object = None, tries: int = RACE_TRIES,
              rows: str = "") -> list[Any]:  # fmt: skip
@@ -1202,26 +1215,26 @@ class MariaDBRepository:
     @functools.lru_cache(maxsize=100)
     def _in_words(cls, statement: str, table: str, login: str, force_index: str) -> str:
         """Return a statement in this server's words, but for what is new each time; they are some dozens."""
-        statement = re.sub(r"\{since (\w+)\}", rf"ts > {cls.NOW} - INTERVAL %(\1)s SECOND", statement)
+        since = {f"since {name}": f"ts > {cls.NOW} - INTERVAL {seconds} SECOND" for name, seconds in PERIODS.items()}
         return statement.format(
             table=table, from_=f"{table} {force_index}", by_time=f"{table} FORCE INDEX (PRIMARY)", login=login,
             of_login=f"sasl_username = %(login)s AND {login} = %(login)s", place=cls.PLACE, now=cls.NOW, age=cls.AGE,
-            left_s="{left_s}", rows="{rows}",
+            left_s="{left_s}", rows="{rows}", **since,
         )  # fmt: skip
 
-    def check(self, deadline: float) -> str:
-        """Return one line on the store, once it has been seen that events can be inserted: by inserting none.
+    def check(self, patience_s: float) -> str:
+        """Return one line on the store, once it has been seen that events can be inserted and read: none are.
 
         A server may answer and be read only, or have lost the table: then it is not back, and the next one is tried.
+        The servers' names are looked up first, for which patience does not count.
         """
+        self.resolve()
         self._next_look = 0.0
-        with self._pool.connection(deadline) as connection:
-            self._ask(connection, f"{self.INSERT} {self.NO_ROW}")
-            table = self._look(connection)
-        found = f"{self}, logins of up to {table.columns[0][0]} characters"
-        if table.force_index:
+        self.ask(f"{self.INSERT} {self.NO_ROW}", {}, time.monotonic() + patience_s)
+        found = f"{self}, logins of up to {self._table.columns[0][0]} characters"
+        if self.has_index:
             return f"{found}, index on (sasl_username, ts)"
-        found += f", NO index on (sasl_username, ts): slow when it is large; {table.remedy}"
+        found += f", NO index on (sasl_username, ts): slow when it is large; {self._table.remedy}"
         log.warning(found)
         return found
 
@@ -1235,41 +1248,28 @@ class MariaDBRepository:
             found = [f"{remedy}: sums are slow without it"] if "INVISIBLE" in remedy else []
             needs_key = "caching_sha2_password" in str(_query(connection, "SHOW CREATE USER CURRENT_USER()"))
             is_secure = connection._secure or not connection.password or importlib.util.find_spec("cryptography")
-            if needs_key and not is_secure:
-                found.append("python3-cryptography is missing: without it, or dbssl_ca=, this login works only until"
-                             " the server is started again")  # fmt: skip
-            try:
-                self._ask(connection, self.PURGE, (36_500, 0))
-            except pymysql.MySQLError as error:
-                grant = f"GRANT DELETE ON `{self._settings.dbname}`.`{self._name}` TO '{self._settings.dbuser}'@..."
-                found.append(f"old events cannot be deleted: {error}; try: {grant}")
+        if needs_key and not is_secure:
+            found.append("python3-cryptography is missing: without it, or dbssl_ca=, this login works only until"
+                         " the server is started again")  # fmt: skip
+        try:
+            self.ask(self.PURGE, {"keep": 36_500 * DAY_S, "rows": 0}, deadline)
+        except RepositoryUnavailable as error:
+            grant = f"GRANT DELETE ON `{self._settings.dbname}`.`{self._name}` TO '{self._settings.dbuser}'@..."
+            found.append(f"old events cannot be deleted: {error}; try: {grant}")
         return found
-
-    @property
-    def has_index(self) -> bool:
-        """Tell whether a login's events are found without reading all others'."""
-        return bool(self._table and self._table.force_index)
-
-    def purge(self, keep_days: int) -> Iterator[int]:
-        """Delete the events older than `keep_days`, a slice at a time; yield the number of each.  For any thread."""
-        deleted = 1
-        while deleted:
-            with self._pool.connection() as connection:
-                ((deleted,),) = self._ask(connection, self.PURGE, (keep_days, PURGE_SLICE))
-            yield deleted
 
     def init(self) -> str:
         """Create or upgrade the table; return one line on what was done."""
-        show = f"SHOW CREATE TABLE `{self._name}`"
-        said_twice = " CHARACTER SET utf8mb4| COLLATE utf8mb4_bin"  # by MySQL: of the table, and of each column
+        self.resolve()
         with self._pool.connection(patience_s=DAY_S) as connection:
-            if not _query(connection, self.FACTS, [self._name]):
+            look = functools.partial(_query, connection, self.FACTS, {"table": self._name})
+            before = look()
+            if not before:
                 _query(connection, self.CREATE.format(table=self._name))
                 return f"created {self}"
-            before = re.sub(said_twice, "", _query(connection, show)[0][1])
-            key = "" if _query(connection, self.INDEXES, [self._name]) else f", ADD {self.KEY}"
+            key = "" if before[0][3] else f", ADD {self.KEY}"
             _query(connection, self.UPGRADE.format(table=self._name) + key)
-            if re.sub(said_twice, "", _query(connection, show)[0][1]) == before:
+            if look() == before:
                 return f"{self} is up to date"
             return f"upgraded {self}: wide columns of any character, index on (sasl_username, ts)"
 
@@ -1278,21 +1278,17 @@ class MariaDBRepository:
 
         Raises RepositoryUnavailable if it is not there; of a column that is not, the INSERT complains.
         """
-        if self._table and time.monotonic() < self._next_look:
+        if time.monotonic() < self._next_look:
             return self._table
-        texts = _query(connection, self.FACTS, [self._name])
-        if not texts:
+        facts = _query(connection, self.FACTS, {"table": self._name})
+        if not facts:
             raise RepositoryUnavailable(f"there is no {self}; create it with policyd --init-db")
-        key = next((name for (name,) in _query(connection, self.INDEXES, [self._name])), "")
-        force_index, remedy = (f"FORCE INDEX (`{key}`)", "") if key else ("", "run policyd --init-db")
-        try:
-            _query(connection, f"SELECT 1 FROM `{self._name}` {force_index} LIMIT 0")
-        except pymysql.MySQLError as error:
-            if error.args[0] != 1176:  # it is there and must not be used: ignored, invisible
-                raise
-            force_index, remedy = "", f"index {key} is IGNORED (MariaDB) or INVISIBLE (MySQL)"
-        columns = [(width, CODECS.get(charset, "ascii")) for width, charset, _ in texts[:3]]
-        login = "sasl_username" if texts[0][2] == "utf8mb4_bin" else self.BINARY
+        columns = [(width or KEPT_TEXT, CODECS.get(charset, "ascii")) for width, charset, *_ in facts[:3]]
+        *_, collation, key, is_hidden = facts[0][:5]
+        login = "sasl_username" if collation == "utf8mb4_bin" else self.BINARY
+        self.has_index = bool(key and not is_hidden)
+        force_index = f"FORCE INDEX (`{key}`)" if self.has_index else ""
+        remedy = f"index {key} is IGNORED (MariaDB) or INVISIBLE (MySQL)" if is_hidden else "run policyd --init-db"
         self._table = Table(columns, login, force_index, remedy)
         self._long, self._next_look = {}, time.monotonic() + MINUTE_S
         return self._table
@@ -1307,13 +1303,15 @@ class SQLiteRepository:
     # ts in ms since 1970, UTC; the rest as in MariaDBRepository.  The application_id says up to which row id a journal
     # has been moved: the rows stay until all have been, since deleting needs room, and the disk may be full.
     SCHEMA = """
+        PRAGMA journal_mode = WAL;
+        PRAGMA synchronous = FULL;  -- what was answered stays counted after a power cut
         CREATE TABLE IF NOT EXISTS events (ts INTEGER NOT NULL, sasl_username TEXT NOT NULL, sender TEXT NOT NULL,
             client_address TEXT NOT NULL, recipient_count INTEGER);
         CREATE INDEX IF NOT EXISTS login_ts ON events (sasl_username, ts, recipient_count, client_address);
         CREATE INDEX IF NOT EXISTS incidents ON events (sasl_username, ts, client_address)
             WHERE recipient_count IS NULL;
     """
-    INSERT = "INSERT INTO events (ts, sasl_username, sender, client_address, recipient_count) VALUES (?, ?, ?, ?, ?)"
+    INSERT = f"INSERT INTO events ({EVENT_COLUMNS}) VALUES (?, ?, ?, ?, ?)"
     OF_LOGIN = "FROM events WHERE sasl_username = :login AND ts > :day"
     USAGE = (
         "SELECT coalesce(sum(recipient_count), 0), coalesce(sum(recipient_count * (ts > :hour)), 0),"
@@ -1321,10 +1319,7 @@ class SQLiteRepository:
         f" FROM (SELECT ts, recipient_count {OF_LOGIN} AND recipient_count > 0 ORDER BY ts DESC LIMIT :rows)"
     )
     WAITING = "FROM events WHERE rowid > max(%(after)s, (SELECT application_id FROM pragma_application_id))"
-    FIRST = (
-        "SELECT rowid, ts, sasl_username, sender, client_address, recipient_count"
-        f" {WAITING} ORDER BY rowid LIMIT %(limit)s"
-    )
+    FIRST = f"SELECT rowid, {EVENT_COLUMNS} {WAITING} ORDER BY rowid LIMIT %(limit)s"
     BY_MINUTE = (
         "SELECT count(*), max(ts), sasl_username, '', CASE WHEN recipient_count IS NULL THEN client_address END AS why,"
         f" sum(recipient_count) {WAITING} GROUP BY sasl_username, ts / 60000, why"
@@ -1334,9 +1329,10 @@ class SQLiteRepository:
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
         self.path = path
+        self.log_pages = 1000  # of the log of writes, before it is moved into the file: SQLite's own measure
         self._clock = clock
         self._connections: dict[int, sqlite3.Connection] = {}  # of each thread
-        self._opened: tuple[int, int] | None = None  # which file of this name was opened last
+        self._opened: os.stat_result | None = None  # the file of this name that was opened last
 
     def __str__(self) -> str:
         return f"embedded store {self.path}"
@@ -1344,9 +1340,6 @@ class SQLiteRepository:
     def ms_ago(self, seconds: float = 0) -> int:
         """Return when that was, in ms since 1970."""
         return int((self._clock() - seconds) * 1000)
-
-    def resolve(self) -> None:
-        """Nothing: a file has no name that would have to be looked up."""
 
     def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
         """See MariaDBRepository; nothing is ever refused."""
@@ -1360,27 +1353,29 @@ class SQLiteRepository:
         """See MariaDBRepository."""
         logins = [event.sasl_username for event in events]
         totals = {}
+        words: dict[str, object] = {"day": self.ms_ago(DAY_S), "hour": self.ms_ago(HOUR_S)}
         with self._connection() as connection:
             for login in dict.fromkeys(logins):
-                words = {"login": login, "day": self.ms_ago(DAY_S), "hour": self.ms_ago(HOUR_S)}
-                words["rows"] = settings.rows_of(login)
+                words.update(login=login, rows=settings.limits_of(login).rows)
                 recipients, of_hour, incidents = connection.execute(self.USAGE, words).fetchone()
-                totals[login] = Usage(recipients, of_hour, frozenset(incidents.split(",") if incidents else ()))
+                of_kinds = frozenset(incidents.split(",")) if incidents else NOTHING.incidents
+                totals[login] = Usage(recipients, of_hour, of_kinds)
         return run_up(logins, events, totals)
 
     def ask(self, statement: str, arguments: Mapping[str, object], deadline: float | None = None) -> list[Any]:
         """See MariaDBRepository."""
         now = str(self.ms_ago())
-        statement = re.sub(r"\{since (\w+)\}", rf"ts > {now} - 1000 * %(\1)s", statement)
+        since = {f"since {name}": f"ts > {now} - 1000 * {seconds}" for name, seconds in PERIODS.items()}
         text = statement.format(
             table="events", from_="events", by_time="events", login="sasl_username", now=now,
             of_login="sasl_username = %(login)s", place="place(client_address)", age=f"(({now} - ts) / 1000.0)",
+            **since,
         )  # fmt: skip
         with self._connection() as connection:
-            cursor = connection.execute(re.sub(r"%\((\w+)\)s", r":\1", text), {**TIMES, **arguments})
+            cursor = connection.execute(re.sub(r"%\((\w+)\)s", r":\1", text), arguments)
             return cursor.fetchall() if cursor.description else [(cursor.rowcount,)]
 
-    def check(self, deadline: float) -> str:
+    def check(self, patience_s: float = 0) -> str:
         """See MariaDBRepository."""
         with self._connection() as connection:
             connection.execute("PRAGMA user_version = 1")  # the least that can be written: it finds a full disk
@@ -1390,18 +1385,14 @@ class SQLiteRepository:
         """See MariaDBRepository."""
         return []
 
-    def purge(self, keep_days: int) -> Iterator[int]:
-        """See MariaDBRepository."""
-        while deleted := self.ask(self.PURGE, {"keep": keep_days * DAY_S, "rows": PURGE_SLICE})[0][0]:
-            yield deleted
-
     def init(self) -> str:
         """See MariaDBRepository."""
-        return f"{self.check(0)} is ready"
+        return f"{self.check()} is ready"
 
-    def first(self, limit: int = -1, after: int = 0) -> list[Row]:
+    def first(self, limit: int = -1, after: int = 0, statement: str = FIRST) -> list[Row]:
         """Return the first events that wait, or all, of those above row id `after`."""
-        return self._rows(self.FIRST, after=after, limit=limit)
+        rows = self.ask(statement, {"after": after, "limit": limit})
+        return [(number, ts, Event(*event)) for number, ts, *event in rows]
 
     def by_minute(self, after: int) -> list[Row]:
         """Return the same added up by login and minute, with their number in place of the row id.
@@ -1411,10 +1402,7 @@ class SQLiteRepository:
         directory = os.path.dirname(self.path) or "."
         if not os.path.lexists(self.path) and os.access(directory, os.X_OK):  # else it may be out of our reach
             return []
-        return self._rows(self.BY_MINUTE, after=after)
-
-    def _rows(self, statement: str, **arguments: int) -> list[Row]:
-        return [(number, ts, Event(*event)) for number, ts, *event in self.ask(statement, arguments)]
+        return self.first(after=after, statement=self.BY_MINUTE)
 
     def forget(self, upto: int) -> None:
         """Let the events up to and with row id `upto` wait no more; when none does, empty the file.
@@ -1431,8 +1419,14 @@ class SQLiteRepository:
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # or what comes in its place would read its log
 
     def is_gone(self) -> bool:
-        """Tell whether another file, or none, is where the opened one was: what is written there is lost at the end."""
-        return self._opened not in (None, self._identity())
+        """Tell whether another file, or none, is where the opened one was: what is written there is lost at the end.
+
+        Out of our reach is not gone: what has been written stays there, and is not in memory only.
+        """
+        try:
+            return self._opened is not None and not os.path.samestat(self._opened, os.stat(self.path))
+        except OSError as error:
+            return error.errno == errno.ENOENT
 
     def leave(self, after: int) -> list[Row]:
         """Leave a file that is gone; return what first() still has of it, if it is open."""
@@ -1440,37 +1434,27 @@ class SQLiteRepository:
         if threading.get_ident() in self._connections:
             with contextlib.suppress(RepositoryUnavailable):
                 rows = self.first(after=after)
-                self.forget(rows[-1][0] if rows else after)  # should it come back
+                self.forget(self.ask("SELECT ifnull(max(rowid), 0) FROM events", {})[0][0])  # should it come back
         self._leave()
         self._opened = None
         return rows
 
-    def _identity(self) -> tuple[int, int] | None:
-        with contextlib.suppress(OSError):
-            status = os.stat(self.path)
-            return status.st_dev, status.st_ino
-        return None
-
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """This thread's connection, in a transaction: committed at the end, or rolled back and thrown away."""
+        me = threading.get_ident()
         try:
-            with self._connections.get(threading.get_ident()) or self._open() as connection:
+            if me not in self._connections:
+                self._connections[me] = sqlite3.connect(self.path, timeout=0.1, check_same_thread=False)
+                self._connections[me].create_function("place", 1, place_of)
+                self._connections[me].executescript(self.SCHEMA)
+                self._connections[me].execute(f"PRAGMA wal_autocheckpoint = {self.log_pages:d}")
+                self._opened = os.stat(self.path)
+            with self._connections[me] as connection:
                 yield connection
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             self._leave()
             raise RepositoryUnavailable(f"{self.path}: {error}") from error
-
-    def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=0.1, check_same_thread=False)
-        self._connections[threading.get_ident()] = connection
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")  # what was answered stays counted after a power cut
-        connection.execute("PRAGMA wal_autocheckpoint = 32")  # or the log of writes alone fills a small disk
-        connection.create_function("place", 1, place_of)
-        connection.executescript(self.SCHEMA)
-        self._opened = self._identity()
-        return connection
 
     def _leave(self) -> None:
         if connection := self._connections.pop(threading.get_ident(), None):
@@ -1488,6 +1472,12 @@ Repository = Union[MariaDBRepository, SQLiteRepository]
 def open_repository(settings: Settings) -> Repository:
     """Return the store that the settings name, without touching it yet."""
     return MariaDBRepository(settings) if settings.dbname else SQLiteRepository(settings.state_file("events.sqlite3"))
+
+
+def purge(repository: Repository, keep_days: int) -> Iterator[int]:
+    """Delete the events older than `keep_days`, a slice at a time; yield the number of each.  For any thread."""
+    while deleted := repository.ask(repository.PURGE, {"keep": keep_days * DAY_S, "rows": PURGE_SLICE})[0][0]:
+        yield deleted
 
 
 # ---- watch: what is asked beyond the sums, of the few for whom it matters ------------------------------------
@@ -1511,21 +1501,16 @@ class Watch:
     NEWEST = "SELECT ts, client_address, recipient_count FROM {from_} WHERE {of_login} AND"
     NEWEST_FIRST = "ORDER BY ts DESC LIMIT %(rows)s"
     SIGHTINGS = (
-        "SELECT client_address, SUM(CASE WHEN {since hour} THEN recipient_count ELSE 0 END),"
-        " SUM(CASE WHEN {since hour} THEN 1 ELSE 0 END), MIN({age})"
-        f" FROM ({NEWEST} {{since period}} AND recipient_count > 0 {NEWEST_FIRST}) AS newest GROUP BY client_address"
+        "SELECT client_address, SUM(recipient_count * ({since hour})), SUM({since hour}), MIN({age})"
+        f" FROM ({NEWEST} {{since window}} AND recipient_count > 0 {NEWEST_FIRST}) AS newest GROUP BY client_address"
     )
-    HISTORY = (  # what was used, what was forgiven and what has happened, each with the age of the first time
-        "SELECT client_address, CASE WHEN recipient_count IS NULL THEN 'incident'"
-        " WHEN recipient_count < 0 THEN 'forgiven' ELSE 'used' END, MAX({age})"
+    HISTORY = (  # what was used (0), what was forgiven (1) and what has happened (None), with the age of the first time
+        "SELECT client_address, recipient_count < 0, MAX({age})"
         f" FROM (SELECT * FROM ({NEWEST} {{since day}} {NEWEST_FIRST}) AS today"
         f" UNION ALL SELECT * FROM ({NEWEST} {{since keep}} AND NOT {{since day}} {NEWEST_FIRST}) AS earlier"
         ") AS newest GROUP BY 1, 2"
     )
-    SINCE = (
-        "SELECT client_address, MAX({age}) FROM {from_}"
-        " WHERE {of_login} AND {since day} AND recipient_count IS NULL GROUP BY client_address"
-    )
+    SINCE = "SELECT client_address, {age} FROM {from_} WHERE {of_login} AND {since day} AND recipient_count IS NULL"
     CAN_JUDGE = "SELECT 1 FROM {table} WHERE {since keep} AND NOT {since judge} LIMIT 1"
     # Of those that have sent lately, since places grow by sending only: 0.4 s for a million rows, and 10 s by the
     # server's own plan.  A derived table, since MySQL would flatten IN (SELECT ...).  The places are counted in a rough
@@ -1584,7 +1569,7 @@ class Watch:
         self._since.pop(login, None)  # whatever held it was forgiven
         if deadline is None or not self._can_judge:
             return usage
-        limits = settings.limits_of(login)
+        limits = settings.limits_of(login, login)
         is_much = usage.of_hour >= min(EARLY_FLOOR, limits.new_place_quota) and usage.recipients < limits.hold_at
         if not (is_much and limits.early_signs):
             return usage
@@ -1592,9 +1577,10 @@ class Watch:
         if place_of(event.client_address, trusted) in known:  # None, which is no place, is
             return usage
         if login not in figures:
-            seen = self._store.ask(self.SIGHTINGS, {"login": login, "period": HOUR_S, "rows": NEWEST_ROWS}, deadline)
+            seen = self._store.ask(self.SIGHTINGS, {"login": login, "window": HOUR_S, "rows": NEWEST_ROWS}, deadline)
             figures[login] = signs(seen, known, trusted)
-            if decide(Usage(*usage[:4], *figures[login]), limits) is not PASSED:
+            is_audit = "audit" in (settings.mode, settings.early_signs)  # it would ask for each message to come
+            if not is_audit and decide(Usage(*usage[:4], *figures[login]), limits).rule in LASTING:
                 figures[login] = signs(seen, self.known_places(login, settings, deadline), trusted)
         return Usage(*usage[:4], *figures[login])
 
@@ -1606,10 +1592,10 @@ class Watch:
         """
         keep = settings.keep_days * DAY_S
         history = self._store.ask(self.HISTORY, {"login": login, "keep": keep, "rows": HISTORY_ROWS}, deadline)
-        held = [age_s for what, kind, age_s in history if kind == "incident" and what.endswith(LASTING[1:])]
+        held = [age_s for what, is_forgiven, age_s in history if is_forgiven is None and what.endswith(LASTING[1:])]
         long_ago = DAY_S + max(held, default=0.0)
-        known = {None, *(place_of(address, settings.trusted_network) for address, kind, age_s in history
-                         if kind == "forgiven" or (kind == "used" and age_s >= long_ago))}  # fmt: skip
+        known = {None, *(place_of(address, settings.trusted_network) for address, is_forgiven, age_s in history
+                         if is_forgiven or (is_forgiven == 0 and age_s >= long_ago))}  # fmt: skip
         self._known[login] = known  # and not returned from there: the other thread may forget them all
         return known
 
@@ -1619,18 +1605,19 @@ class Watch:
         Of those that have sent within `lately_s`; logins whose mail is held already are left out, and audit records
         nothing.  To be called in a thread of its own.
         """
-        self._can_judge = self._can_judge or bool(self._store.ask(self.CAN_JUDGE, {"keep": settings.keep_days * DAY_S}))
+        self._can_judge = bool(self._store.ask(self.CAN_JUDGE, {"keep": settings.keep_days * DAY_S}))
         if not self._can_judge or not settings.max_places:
             return
         limits = Limits(NEVER, NEVER, places=settings.max_places)
         is_audit = "audit" in (settings.mode, settings.early_signs)
-        record = self.UNLESS_HELD if is_audit else INSERT_INTO + self.UNLESS_HELD
         for login, recipients in self._store.ask(self.CANDIDATES, {"lately": lately_s, "places": settings.max_places}):
-            seen = self._store.ask(self.SIGHTINGS, {"login": login, "period": DAY_S, "rows": HISTORY_ROWS})
+            if not self._store.ask(self.UNLESS_HELD, {"login": login, "incident": ""}):
+                continue  # known before it is looked at: who is forgiven meanwhile must not be held anew
+            seen = self._store.ask(self.SIGHTINGS, {"login": login, "window": DAY_S, "rows": HISTORY_ROWS})
             figures = signs(seen, self.known_places(login, settings, None), settings.trusted_network)
             verdict = decide(Usage(0, 0, frozenset(), 0.0, *figures), limits)
             words = {"login": login, "incident": verdict.incident}
-            if verdict is not PASSED and any(row[0] for row in self._store.ask(record, words)):  # how many
+            if verdict is not PASSED and (is_audit or self._store.ask(INSERT_INTO + self.UNLESS_HELD, words)[0][0]):
                 yield login, verdict, int(recipients)
 
 
@@ -1697,6 +1684,7 @@ class Journal:
 
     def __init__(self, file: SQLiteRepository, clock: Callable[[], float] = time.monotonic) -> None:
         self._file = file
+        self._file.log_pages = 32  # or the log of writes alone fills a small disk
         self._clock = clock
         self.now_ms, self.close = file.ms_ago, file.close
         self.kept: list[Row] = []  # in memory only: what the file could not take
@@ -1747,7 +1735,7 @@ class Journal:
                 self._file.forget(self._moved)
                 self._moved = 0
             if is_first or self.trouble or self.kept:  # while all is well, mail waits for no disk
-                self._file.check(0)
+                self._file.check()
                 self._write()
             if self.trouble:
                 path, self.trouble = self._file.path, ""
@@ -1841,7 +1829,8 @@ class Recorder:
         self._clock = clock
         self._last_known = LastKnown()  # of the store's part
         self._waiting: queue.SimpleQueue[Waiting] = queue.SimpleQueue()
-        self._told: queue.Queue[tuple[list[Waiting], Sequence[Usage | None]] | None] = queue.Queue()
+        self._told: queue.SimpleQueue[tuple[list[Waiting], Sequence[Usage | None]] | None] = queue.SimpleQueue()
+        self._batches = self._batches_told = 0  # of this queue: put in by one thread, and done with by the other
         self._busy_since = float(NEVER)  # since when whoever waits for the recorder's thread has come
         self._away = threading.Event()  # set by the recorder's thread, cleared by the one that finds the store
         self._away.set()
@@ -1904,17 +1893,19 @@ class Recorder:
         """
         batch: list[Waiting] = []
         with contextlib.suppress(queue.Empty):
-            while len(batch) < BATCH_EVENTS:
-                batch.append(self._waiting.get(timeout=0 if batch else patience_s))
+            batch.append(self._waiting.get(patience_s > 0, patience_s))  # (Python 3.9 takes a timeout of 0 for none)
+        while len(batch) < BATCH_EVENTS and not self._waiting.empty():
+            batch.append(self._waiting.get())  # nobody else takes any
         began = self._clock()
         self._busy_since = batch[0][2] if batch else began  # the watchdog looks at the one that has waited longest
         if self.journal.is_due():
             self.journal.look()
         if batch:
             usages = self._commit([event for event, _, _ in batch], batch[0][2] + BATCH_DEADLINE_S)
-            if len(batch) == 1 and not self._told.unfinished_tasks:  # nobody else waits: no need to wake a thread
+            if len(batch) == 1 and self._batches_told == self._batches:  # nobody else waits: no need to wake a thread
                 self._call_back(batch, usages)
             else:
+                self._batches += 1
                 self._told.put((batch, usages))
         self._busy_since = began
         has_moved = self._move_slice(began + BATCH_DEADLINE_S)
@@ -1934,7 +1925,7 @@ class Recorder:
         """Call back all who have recorded something, until the end: in a thread of its own, beside the next batch."""
         while told := self._told.get():
             self._call_back(*told)
-            self._told.task_done()
+            self._batches_told += 1
 
     @staticmethod
     def _call_back(batch: list[Waiting], usages: Sequence[Usage | None]) -> None:
@@ -2018,8 +2009,7 @@ class Recorder:
         In a thread of its own, that nobody waits for: names may take long to be looked up, and a server to answer.
         """
         with self._or_outage():
-            self._repository.resolve()
-            self._repository.check(self._clock() + BATCH_DEADLINE_S)
+            self._repository.check(BATCH_DEADLINE_S)
             self._away.clear()
 
     def _find_store(self) -> None:
@@ -2038,6 +2028,8 @@ class Recorder:
 
     def _move_slice(self, deadline: float) -> bool:
         """Move a slice of the journal to the store, if both can; when nothing is left there, the outage is over."""
+        if self.journal.is_empty() and not (self._reason or self._replayed):
+            return False  # there is no outage
         moved: list[Row] = []
         if not self._away.is_set() and deadline - self._clock() >= LEAST_LEFT_S:
             with self._or_outage():
@@ -2294,8 +2286,8 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         The connection's own thread is not woken for that: with 64 of them it would cost a third of the speed.
         """
         self.server.policy.figures.count(action.partition(" ")[0], time.monotonic() - asked)
-        try:  # not send(): it would wait for as long as recv() may; so few bytes are taken whole or not at all
-            os.write(self.request.fileno(), f"action={action}\n\n".encode())
+        try:  # so few bytes are taken whole or not at all
+            self.request.send(f"action={action}\n\n".encode(), socket.MSG_DONTWAIT)
         except OSError:
             with contextlib.suppress(OSError):
                 self.request.shutdown(socket.SHUT_RDWR)
@@ -2426,14 +2418,13 @@ class OnStop:
             os.sched_setaffinity(0, range(os.cpu_count() or 1))
         try:  # in a session of its own, to be killed with all that it has started
             with subprocess.Popen(words, stdin=subprocess.PIPE, encoding="utf-8", start_new_session=True) as program:
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     program.communicate("".join(self._lines), MINUTE_S)
-                except subprocess.TimeoutExpired:
-                    os.killpg(program.pid, signal.SIGKILL)
-                    return f"not done after {MINUTE_S} s"
+                    return f"status {program.returncode}" if program.returncode else ""
+                os.killpg(program.pid, signal.SIGKILL)
         except OSError as error:
             return str(error.strerror)
-        return f"status {program.returncode}" if program.returncode else ""
+        return f"not done after {MINUTE_S} s"
 
 
 @dataclasses.dataclass
@@ -2458,7 +2449,7 @@ class Housekeeper:
         """
         keep_days = self.policy.settings.keep_days
         try:
-            deleted = sum(self.repository.purge(keep_days))
+            deleted = sum(purge(self.repository, keep_days))
         except RepositoryUnavailable as error:
             log.warning(f"old events stay for now: {error}")
             return HOUR_S
@@ -2520,9 +2511,11 @@ class Daemon:
             log.warning(f"statedir: {error}; in an outage events are counted in memory only")
         with contextlib.suppress(OSError):
             os.unlink(settings.state_file("notified.json"))  # of 0.1
-        # One that comes while another is acted upon waits for its turn, and interrupts nothing.  None is blocked: what
-        # on_stop= runs would inherit that.  (A handler may put into this kind of queue at any moment.)
-        self.signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        # Signals, a byte each, from whichever thread the kernel hands one to: when it is one that just begins, the main
+        # one sleeps on.  One that comes while another is acted upon waits for its turn, and interrupts nothing.  None
+        # is blocked: what on_stop= runs would inherit that.
+        self._signals, self.wakeup = os.pipe()
+        os.set_blocking(self.wakeup, False)  # as signal.set_wakeup_fd() asks
         self.actions: dict[int, Callable[[], None]] = {
             # Of a terminal it means that somebody who tried policyd out has left.
             signal.SIGHUP: self.stop if os.isatty(0) else self.reload,
@@ -2553,7 +2546,7 @@ class Daemon:
             pause_s = work()
 
     def run(self) -> None:
-        """Serve, and do what `signals` ask for, until we end.
+        """Serve, and do what signals ask for, until we end.
 
         What systemd hears each time ends its waiting for the start or a reload, too.
         """
@@ -2566,8 +2559,8 @@ class Daemon:
             log.tick(time.monotonic())
             if self.is_well():
                 sd_notify("READY=1", "WATCHDOG=1", f"STATUS={self.status()}")
-            with contextlib.suppress(queue.Empty):
-                self.actions[self.signals.get(timeout=pause)]()
+            if select.select([self._signals], [], [], pause)[0]:
+                self.actions[os.read(self._signals, 1)[0]]()
 
     def is_well(self) -> bool:
         """Tell whether no event waits for too long and no thread of ours has died: else only a restart helps.
@@ -2696,8 +2689,7 @@ def check(settings: Settings) -> Iterator[str]:
         yield f"on_stop={shlex.join(settings.on_stop)}: {settings.on_stop[0]} cannot be run"
     if settings.early_signs != "no" and not settings.trusted_network.lines:
         print("warning: early_signs is on and trusted_network= is empty: your own webmail and campus are places, too")
-    repository.resolve()
-    print(f"events can be counted: {repository.check(time.monotonic() + BATCH_DEADLINE_S)}")
+    print(f"events can be counted: {repository.check(BATCH_DEADLINE_S)}")
     yield from repository.problems(time.monotonic() + BATCH_DEADLINE_S)
     if settings.early_signs != "no" and not repository.has_index:
         yield "early_signs needs the index on (sasl_username, ts): run policyd --init-db"
@@ -2713,7 +2705,6 @@ def init_database(settings: Settings, is_from_embedded: bool) -> Iterator[str]:
         yield "--from-embedded needs the db... settings: where to?"
         return
     repository = open_repository(settings)
-    repository.resolve()
     print(repository.init())
     if is_from_embedded:
         embedded, moved = Journal(SQLiteRepository(settings.state_file("events.sqlite3"))), 0
@@ -2729,14 +2720,6 @@ def _fail(message: str, status: int = 1) -> int:
     """Say on stderr what is wrong, on one line whatever a settings file holds; return the exit status."""
     print(f"policyd: {printable(message)}", file=sys.stderr)
     return status
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with mistakes on one line, and our status instead of its 2, which no manual of ours has."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with one line."""
-        self.exit(1, f"policyd: {message}; see policyd --help\n")
 
 
 def _carry_out(options: argparse.Namespace) -> int:
@@ -2761,8 +2744,9 @@ def _carry_out(options: argparse.Namespace) -> int:
         daemon = Daemon(settings)
     except OSError as error:
         return _fail(f"cannot listen on {where}: {error.strerror or error}")
+    signal.set_wakeup_fd(daemon.wakeup)
     for number in daemon.actions:
-        signal.signal(number, lambda number, _: daemon.signals.put(number))
+        signal.signal(number, lambda *_: None)
     # All threads to come.  On one processor a busy daemon answers twice as much: Python runs one thread at a time, and
     # with two processors each hand-over moves to the other one's cold caches.
     with contextlib.suppress(OSError):  # forbidden: slower, no worse
@@ -2779,7 +2763,9 @@ def _carry_out(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run policyd; return its exit status."""
-    parser = ArgumentParser(prog="policyd", description="Postfix policy daemon: recipient quotas for SASL users")
+    parser = argparse.ArgumentParser("policyd", description="Postfix policy daemon: recipient quotas for SASL users")
+    # On one line, and with our status instead of its 2, which no manual of ours has.
+    parser.error = lambda message: sys.exit(_fail(f"{message}; see policyd --help"))  # type: ignore[method-assign]
     parser.add_argument("-c", "--config", metavar="FILE", help=f"settings (default: {SETTINGS_FILE}, if there)")
     parser.add_argument("--stderr", action="store_true", help="log to stderr instead of syslog")
     parser.add_argument("--version", action="store_true", help="say which version this is")
@@ -2811,6 +2797,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"events cannot be counted: {error}")
     except ImportError:
         return _fail("PyMySQL is missing: apt install python3-pymysql, or remove the db... settings")
+    except KeyboardInterrupt:  # of what does not serve
+        return _fail("interrupted")
 
 
 if __name__ == "__main__":

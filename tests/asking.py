@@ -1,20 +1,30 @@
-"""Ways to ask, and what comes of it: of a daemon, of its parts in this thread, or of the Postfix before it."""
+"""Ways to ask, and what comes of it: of daemons, of their parts in this thread, or of the Postfix before them."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import re
 import signal
 import smtplib
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from recorders import tell
-from servers import LogLine, Policyd, Postfix, numbers, request_bytes, wait_until
-from stores import Clock, KeptLog, Store, read_settings
+from servers import LogLine, Policyd, Postfix, numbers, read_settings, request_bytes, wait_until
+from stores import Clock, KeptLog, Store
 
-from policyd import Housekeeper, Journal, Policy, Recorder, Repository, SQLiteRepository, Watch, parse_request
+from policyd import Daemon, Housekeeper, Journal, Policy, Recorder, Settings, SQLiteRepository, Watch, parse_request
+
+CONNECTIONS = 16
+BEGINS = "ERROR while UPDATING db: "
+ENDS = re.compile(r"ERROR while UPDATING db: over after (\d+) s, (\d+) events replayed")
+BACK_S = 60  # until a store is used again: promised are 15 s; a cluster needs 5 s more, and a busy machine the rest
 
 
 class Outcome(NamedTuple):
@@ -32,14 +42,16 @@ def ask(daemon: Policyd, login: str, **attributes: object) -> Outcome:
     return Outcome(answer, [line.text for line in lines])
 
 
-def reload(daemon: Policyd) -> list[str]:
-    """Send SIGHUP, wait until it has been acted upon, and return what systemd was told when it began and then."""
+def reload(daemon: Policyd) -> None:
+    """Send SIGHUP and wait until it has been acted upon.
+
+    systemd is told as sd_notify(3) asks: when it begins, by the monotonic clock, and when it is over, in any case.
+    """
     number = len(daemon.notify.messages())
     daemon.signal(signal.SIGHUP)
     wait_until(lambda: any("RELOADING=1" in message for message in daemon.notify.messages()[number:-1]), "it is over")
-    while "RELOADING=1" not in daemon.notify.messages()[number]:
-        number += 1
-    return daemon.notify.messages()[number : number + 2]
+    told = "\0".join(daemon.notify.messages()[number:])
+    assert re.search(r"RELOADING=1\nMONOTONIC_USEC=[0-9]{6,}\0READY=1\nWATCHDOG=1\nSTATUS=", told), told
 
 
 def status(daemon: Policyd) -> LogLine:
@@ -57,11 +69,10 @@ def a_request(**attributes: object) -> Any:
     return parse_request(request_bytes(**{"queue_id": "4Xk1Zt", **attributes})[:-2])
 
 
-class Unrecorded:
-    """Stands where the recorder is, and counts nothing."""
-
-    def record(self, *_: object) -> None:
-        pass
+def tell(recorder: Recorder) -> None:
+    """Do what the teller's thread does with what waits for it."""
+    recorder._told.put(None)
+    recorder.tell()
 
 
 class Relay:
@@ -70,7 +81,7 @@ class Relay:
     `told` is what on_stop= would be told; `clock` is that of what is remembered and of the sweep.
     """
 
-    def __init__(self, store: Store, logged: KeptLog, *lines: str, repository: Repository | None = None) -> None:
+    def __init__(self, store: Store, logged: KeptLog, *lines: str, repository: Any = None) -> None:
         settings = read_settings(*lines)
         self.clock = Clock()
         self.told: list[dict[str, Any]] = []
@@ -113,13 +124,6 @@ class Relay:
         return [line.text for line in self._logged.lines[before:]]
 
 
-def forgive(store: Store, login: str) -> None:
-    """Begin a login's count anew and end its incidents, with the statement of policyd-admin."""
-    ours = "sasl_username = %(login)s AND (recipient_count > 0 OR recipient_count IS NULL)"
-    statement = f"UPDATE {{table}} SET recipient_count = COALESCE(-recipient_count, 0), ts = ts WHERE {ours}"
-    store.another().ask(statement, {"login": login})
-
-
 class Reply(NamedTuple):
     code: int
     reply: str
@@ -132,12 +136,16 @@ class Reply(NamedTuple):
         return match[1]
 
 
-def send(session: smtplib.SMTP, sender: str = "alice@example.org", recipients: int = 1) -> Reply:
+def send(
+    session: smtplib.SMTP, sender: str = "alice@example.org", recipients: int = 1, domain: str = "example.net",
+    parameter: str = "", text: str = "",
+) -> Reply:  # fmt: skip
+    """Send a message, with a subject of its own unless there is a text; `parameter` goes to its recipients."""
     subject = f"message {next(numbers)} of the tests"
-    session.mail(sender)
-    for number in range(recipients):
-        assert session.rcpt(f"rcpt{number}@example.net")[0] == 250
-    code, reply = session.data(f"From: <{sender}>\r\nSubject: {subject}\r\n\r\nHello\r\n")
+    replies = [session.docmd(f"MAIL FROM:<{sender}>")]
+    replies += [session.docmd(f"RCPT TO:<rcpt{n}@{domain}> {parameter}".rstrip()) for n in range(recipients)]
+    assert {code for code, _ in replies} == {250}, replies
+    code, reply = session.data(text or f"Subject: {subject}\r\n\r\nHello\r\n")
     return Reply(code, reply.decode(), subject)
 
 
@@ -150,3 +158,84 @@ def submit(postfix: Postfix, port: int | None = None, recipients: int = 1, login
 def wait_for_delivery(postfix: Postfix, reply: Reply) -> None:
     assert reply.code == 250, reply
     wait_until(lambda: any(reply.subject in text for text in postfix.delivered()), f"{reply} is delivered")
+
+
+@contextlib.contextmanager
+def running_here(settings_file: Path) -> Iterator[Daemon]:
+    """Run a daemon in this process, so that time can be made short; what it logs is in the fixture `logged`."""
+    daemon = Daemon(Settings.from_file(str(settings_file)))
+    thread = threading.Thread(target=daemon.run, daemon=True)
+    thread.start()
+    try:
+        yield daemon
+    finally:
+        os.write(daemon.wakeup, bytes([signal.SIGTERM]))
+        thread.join()
+
+
+class Answer(NamedTuple):
+    asked: float  # monotonic
+    took: float  # seconds
+    action: str
+
+
+def answers(daemon: Policyd, messages: Iterable[dict[str, Any]]) -> Iterator[Answer]:
+    """Ask about the messages one after the other on a connection of its own; yield the answers."""
+    with daemon.connect() as connection:
+        for message in messages:
+            asked = time.monotonic()
+            action = connection.ask(**message)
+            yield Answer(asked, time.monotonic() - asked, action)
+
+
+def send_at_once(daemons: list[Policyd], messages: list[dict[str, Any]]) -> list[str]:
+    """Ask about the messages over many connections, dealt out over the daemons; return the answers."""
+    with ThreadPoolExecutor(CONNECTIONS) as threads:
+        sent = threads.map(
+            lambda n: [*answers(daemons[n % len(daemons)], messages[n::CONNECTIONS])], range(CONNECTIONS), timeout=60
+        )
+        return [answer.action for each in sent for answer in each]
+
+
+class Load:
+    """So many clients of each daemon, each on one connection, which ask about one login, with a pause or without."""
+
+    def __init__(self, daemons: list[Policyd], clients: int, login: str = "load", pause_s: float = 0) -> None:
+        self.answers: list[Answer] = []
+        self._enough = threading.Event()
+        self._login, self._pause_s = login, pause_s
+        self._threads = ThreadPoolExecutor(len(daemons) * clients)
+        self._clients = [self._threads.submit(self._send, daemon) for daemon in daemons for _ in range(clients)]
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """End, and raise what a client ran into."""
+        self._enough.set()
+        self._threads.shutdown()
+        for client in self._clients:
+            client.result()
+
+    def _send(self, daemon: Policyd) -> None:
+        for answer in answers(daemon, itertools.repeat({"sasl_username": self._login})):
+            self.answers.append(answer)
+            if self._enough.wait(self._pause_s):
+                return
+
+    def wait_for_more(self, number: int) -> None:
+        """Wait until so many more have been answered; nobody may have come to an end."""
+        goal = len(self.answers) + number
+        wait_until(lambda: len(self.answers) >= goal, f"{number} answers")
+        assert not any(client.done() for client in self._clients)
+
+
+def errors(daemon: Policyd) -> list[LogLine]:
+    return [line for line in daemon.log_lines() if line.level == "err"]
+
+
+def end_of_outage(daemon: Policyd) -> int:
+    """Wait for the line that tells the end of the outage; return the number of events replayed."""
+    end = daemon.wait_for_log(ENDS, BACK_S)
+    assert (end.facility, end.level) == ("daemon", "err")
+    return int(ENDS.fullmatch(end.text)[2])  # type: ignore[index]

@@ -6,19 +6,21 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import hypothesis
 import pytest
 from scripting import Desk
-from servers import OLD_SCHEMA, SCHEMA, Database, MariaDB, Policyd, Postfix, policyd_factory, small_disk
+from servers import OLD_SCHEMA, SCHEMA, Database, MariaDB, Postfix, Start, free_port, policyd_factory, small_disk
 from stores import KINDS, KeptLog, MariaStore, SQLiteStore, Store
 
 
 def pytest_configure() -> None:
-    # No test depends on how fast it is; CI tries the same each time, and whoever runs the tests by hand something new.
-    hypothesis.settings.register_profile("policyd", deadline=None, derandomize="CI" in os.environ)
-    hypothesis.settings.register_profile("long", deadline=None, max_examples=100_000)  # --hypothesis-profile=long
+    # No test depends on how fast it is, and an example empties what it finds in a fixture; CI tries the same each time,
+    # and whoever runs the tests by hand something new.
+    ours: Any = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.function_scoped_fixture]}
+    hypothesis.settings.register_profile("policyd", **ours, derandomize="CI" in os.environ)
+    hypothesis.settings.register_profile("long", **ours, max_examples=100_000)  # --hypothesis-profile=long
     hypothesis.settings.load_profile("policyd")
     # A run that is told to end still ends its servers.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -54,6 +56,14 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> KeptLog:
     kept = KeptLog()
     monkeypatch.setattr("policyd.log", kept)
     return kept
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A settings file of the embedded store."""
+    path = tmp_path / "policyd.cfg"
+    path.write_text(f"statedir={tmp_path}\nport={free_port()}\n")
+    return path
 
 
 @pytest.fixture
@@ -122,7 +132,7 @@ def old_database(mariadb: MariaDB) -> Iterator[Database]:
 
 
 @pytest.fixture
-def policyd() -> Iterator[Callable[..., Policyd]]:
+def policyd() -> Iterator[Start]:
     """A function that starts the daemon with the settings it is given."""
     with policyd_factory() as start:
         yield start

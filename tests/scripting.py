@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from servers import ROOT
+import servers
+from servers import ROOT, Result, executable, write_settings
 from stores import Store
 
 ADMIN = ROOT / "scripts" / "policyd-admin"
@@ -61,7 +61,7 @@ def policyd_admin() -> Any:
     return module
 
 
-def run(*arguments: object, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, text: str = "", **environment: str) -> Result:
     """Call policyd-admin in this process, since most of a process's time goes into its start."""
     words, out, err = ["policyd-admin", *map(str, arguments)], io.StringIO(), io.StringIO()
     streams = {"stdin": io.StringIO(text), "stdout": out, "stderr": err}
@@ -72,14 +72,12 @@ def run(*arguments: object, text: str = "", **environment: str) -> subprocess.Co
         except SystemExit as end:
             status = end.code
     time.tzset()
-    return subprocess.CompletedProcess(words, int(status or 0), out.getvalue(), err.getvalue())
+    return Result(words, int(status or 0), out.getvalue(), err.getvalue())
 
 
-def run_process(*command: object, **how: Any) -> subprocess.CompletedProcess[str]:
+def run_process(*command: object, **how: Any) -> Result:
     """Run policyd-admin, or another program, in a process of its own."""
-    environment = {**os.environ, **ENVIRONMENT, **how.pop("env", {})}
-    how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "timeout": 60, **how}
-    return subprocess.run(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True, **how)
+    return servers.run(*command, env={**ENVIRONMENT, **how.pop("env", {})}, **how)
 
 
 def pasted(commands: Iterable[str], directory: Path) -> list[list[str]]:
@@ -93,8 +91,7 @@ def pasted(commands: Iterable[str], directory: Path) -> list[list[str]]:
 
 
 def program(directory: Path, name: str, text: str) -> dict[str, str]:
-    (directory / name).write_text(f"#!/bin/sh\n{text}\n")
-    (directory / name).chmod(0o755)
+    executable(directory / name, f"#!/bin/sh\n{text}\n")
     return {"PATH": f"{directory}:{os.environ['PATH']}"}
 
 
@@ -105,7 +102,7 @@ def journal(directory: Path, *lines: str) -> dict[str, str]:
     return program(directory, "journalctl", f'exec cat "{directory}/lines"')
 
 
-def printed(result: subprocess.CompletedProcess[str]) -> str:
+def printed(result: Result) -> str:
     """Return what it printed when it had nothing to complain of: printable, narrow, and with a command at its end."""
     assert (result.returncode, result.stderr) == (0, ""), result
     assert re.fullmatch(r"[ -~\n]*", result.stdout), result.stdout
@@ -116,7 +113,7 @@ def printed(result: subprocess.CompletedProcess[str]) -> str:
     return result.stdout
 
 
-def refusal(result: subprocess.CompletedProcess[str], status: int = 1, has_plan: bool = False) -> str:
+def refusal(result: Result, status: int = 1, has_plan: bool = False) -> str:
     """Return the one line that says why nothing was done, perhaps behind the plan of what would have been."""
     assert (result.returncode, bool(result.stdout)) == (status, has_plan), result
     line = re.fullmatch(r"policyd-admin: ([ -~]+)\n", result.stderr)
@@ -135,15 +132,14 @@ class Desk:
 
     def write(self, *lines: str, **changes: str) -> None:
         """Write the settings that lead to the store, some of them changed, and more lines below them."""
-        settings = {**self.store.settings, **changes}
-        self.file.write_text("".join(f"{line}\n" for line in (*(f"{key}={settings[key]}" for key in settings), *lines)))
+        write_settings(self.file, *lines, **{**self.store.settings, **changes})
 
     def fill(self, *entries: Entry) -> None:
         for number, entry in enumerate(entries):
             sender = f"{number}@example.org" if entry.sender is None else entry.sender
             self.store.add([(entry.login, sender, entry.client, entry.recipients)], entry.age_s)
 
-    def run(self, command: str, *arguments: object, **how: str) -> subprocess.CompletedProcess[str]:
+    def run(self, command: str, *arguments: object, **how: str) -> Result:
         """Call it, whatever comes of it."""
         return run(command, "-c", self.file, *arguments, **{**self._environment, **how})
 

@@ -29,6 +29,8 @@ from typing import Any, Callable, NamedTuple
 
 import pytest
 
+from policyd import MariaDBRepository, Settings
+
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = (ROOT / "scripts" / "schema.sql").read_text()
 # The table of go-policyd, as it stands at existing sites.
@@ -43,12 +45,15 @@ CREATE TABLE `events` (
 ) ENGINE=InnoDB DEFAULT CHARSET=latin1
 """
 
+Result = subprocess.CompletedProcess[str]  # of a program
 # What policyd answers, as the contract has it.
 DUNNO = "DUNNO"
 HOLD = "HOLD quota exceeded"
 REJECT = "REJECT max quota exceeded"
 
 PATH = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"  # an ordinary user's lacks sbin
+# Below the kernel's ephemeral range: no outgoing connection can take one of them meanwhile.
+_ports = random.sample(range(10_000, 32_000), 22_000)
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
 
@@ -66,21 +71,12 @@ def temporary_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="pd"))
 
 
-_ports_given: set[int] = set()
-
-
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody listens on, a different one at each call.
-
-    It lies below the kernel's ephemeral range: no outgoing connection can take it meanwhile.
-    """
+    """Return a TCP port of 127.0.0.1 that nobody listens on, a different one at each call."""
     while True:
-        port = random.randrange(10_000, 32_000)
         with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            if port not in _ports_given:
-                _ports_given.add(port)
-                return port
+            probe.bind(("127.0.0.1", _ports.pop()))
+            return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -105,12 +101,31 @@ def wait_until(is_true: Callable[[], Any], what: str, timeout: float = START_TIM
     return answer
 
 
-def run(*command: str, through: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, and return what came of it; `through` another command."""
-    return subprocess.run(
-        [*through, *command], env={**os.environ, "PATH": PATH, **environment}, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+def executable(path: Path, text: str) -> Path:
+    """Write a program, and return its path."""
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def write_settings(path: Path, *lines: str, **values: object) -> Path:
+    """Write a settings file: a line for each value, for each entry of a list, and these lines; return its path."""
+    entries = {key: value if isinstance(value, (list, tuple)) else [value] for key, value in values.items()}
+    text = [*(f"{key}={entry}" for key in entries for entry in entries[key]), *lines]
+    path.write_text("".join(f"{line}\n" for line in text))
+    return path
+
+
+def read_settings(*lines: str, **values: object) -> Settings:
+    """Read settings from a file, as the daemon does."""
+    with tempfile.TemporaryDirectory() as directory:
+        return Settings.from_file(str(write_settings(Path(directory) / "policyd.cfg", *lines, **values)))
+
+
+def run(*command: object, env: dict[str, str] | None = None, **how: Any) -> Result:
+    """Run a command to its end, and return what came of it; `env` is added to our environment."""
+    how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 120, **how}
+    return subprocess.run([*map(str, command)], env={**os.environ, "PATH": PATH, **(env or {})}, text=True, **how)
 
 
 def end(process: subprocess.Popen[Any]) -> int:
@@ -237,11 +252,13 @@ class MariaDB(Server):
     host = "127.0.0.1"
     user = "policyd"
     password = "p#a\"s's\\w%rd"  # all that a settings file, a shell or SQL could stumble over
+    is_any = True  # or always a MariaDB
 
     def __init__(self, buffer_pool: str = "32M") -> None:
         super().__init__()
         self._buffer_pool = buffer_pool
-        self._server = os.environ.get("POLICYD_TEST_SERVER") or program("mariadbd", "mariadb-server")
+        named = os.environ.get("POLICYD_TEST_SERVER") if self.is_any else ""
+        self._server = named or program("mariadbd", "mariadb-server")
         self.is_mysql = "MariaDB" not in run(self._server, "--no-defaults", "--version").stdout
         self.port = free_port()
         self.socket = str(self.directory / "socket")
@@ -340,10 +357,48 @@ class Database(NamedTuple):
     def query(self, sql: str, args: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         return self.server.query(sql, args, database=self.name)
 
-    def settings(self) -> dict[str, str]:
+    def repository(self, **changes: object) -> MariaDBRepository:
+        """Return policyd's way to it, as another daemon would have it."""
+        repository = MariaDBRepository(read_settings(**self.settings(**changes)))
+        repository.resolve()
+        return repository
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[Any]:
+        """Lend a cursor of a session of root's that stays open, for transactions and locks."""
+        with contextlib.closing(self.server.connect(self.name)) as connection, connection.cursor() as cursor:
+            yield cursor
+
+    @contextlib.contextmanager
+    def table_locked(self) -> Iterator[None]:
+        with self.session() as cursor:
+            cursor.execute("LOCK TABLES events WRITE")
+            yield
+
+    @contextlib.contextmanager
+    def variable(self, name: str, value: object) -> Iterator[None]:
+        """Set a global variable of the server; new sessions take it over."""
+        before = self.query(f"SELECT @@GLOBAL.{name}")[0][0]
+        self.query(f"SET GLOBAL {name} = %s", (value,))
+        try:
+            yield
+        finally:
+            self.server.ensure_running()
+            self.query(f"SET GLOBAL {name} = %s", (before,))
+
+    def sessions(self) -> list[tuple[int, str | None, int]]:
+        """Return id, statement and milliseconds at work of policyd's connections to the database."""
+        at_work = "time * 1000" if self.server.is_mysql else "time_ms"
+        return self.query(
+            f"SELECT id, info, {at_work} FROM information_schema.processlist WHERE db = %s AND user = %s",
+            (self.name, self.server.user),
+        )
+
+    def settings(self, **changes: object) -> dict[str, Any]:
+        """Return the settings that lead to it, some of them changed."""
         server = self.server
-        return {"dbhost": server.host, "dbport": str(server.port), "dbuser": server.user, "dbpass": server.password,
-                "dbname": self.name}  # fmt: skip
+        return {"dbhost": server.host, "dbport": server.port, "dbuser": server.user, "dbpass": server.password,
+                "dbname": self.name, **changes}  # fmt: skip
 
 
 FACILITIES = ["kern", "user", "mail", "daemon", "auth", "syslog", "lpr", "news", "uucp", "cron", "authpriv", "ftp"]
@@ -392,24 +447,47 @@ def request_bytes(**attributes: object) -> bytes:
     return "".join(f"{name}={value}\n" for name, value in request.items()).encode() + b"\n"
 
 
-def read_answer(connection: socket.socket) -> str:
-    """Read one answer and return what stands behind `action=`; EOFError if the server hung up."""
-    answer = b""
-    while not answer.endswith(b"\n\n"):
-        received = connection.recv(1)  # never a byte of the next answer
-        if not received:
-            raise EOFError(f"policyd hung up after {answer!r}")
-        answer += received
-    assert answer.startswith(b"action="), answer
-    return answer[len(b"action=") : -2].decode("ascii")
+class Connection(socket.socket):
+    """A connection to policyd, at a Unix socket's path, or at a host and port and perhaps from an address of ours."""
+
+    def __init__(self, where: Any, source: str = "") -> None:
+        families = {str: socket.AF_UNIX, tuple: socket.AF_INET6 if ":" in where[0] else socket.AF_INET}
+        super().__init__(families[type(where)])
+        self.settimeout(START_TIMEOUT_S)
+        if source:
+            self.bind((source, 0))
+        self.connect(where)
+
+    def answer(self) -> str:
+        """Read one answer and return what stands behind `action=`; EOFError if the server hung up."""
+        answer = b""
+        while not answer.endswith(b"\n\n"):
+            received = self.recv(1)  # never a byte of the next answer
+            if not received:
+                raise EOFError(f"policyd hung up after {answer!r}")
+            answer += received
+        assert answer.startswith(b"action="), answer
+        return answer[len(b"action=") : -2].decode("ascii")
+
+    def ask(self, **attributes: object) -> str:
+        """Send one request and return its answer."""
+        self.sendall(request_bytes(**attributes))
+        return self.answer()
+
+    def rest(self) -> bytes:
+        """Read until the server hangs up."""
+        answers = b""
+        with contextlib.suppress(ConnectionResetError):  # it hung up before it had read all we sent
+            while received := self.recv(65536):
+                answers += received
+        return answers
 
 
-def read_to_end(connection: socket.socket) -> bytes:
-    answers = b""
-    with contextlib.suppress(ConnectionResetError):  # it hung up before it had read all we sent
-        while received := connection.recv(65536):
-            answers += received
-    return answers
+def own_mounts(dev: Path, *options: str, mounts: str = "") -> list[str]:
+    """Return the words before a command that is to have mounts of its own: `dev` is its /dev."""
+    as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    shell = ["sh", "-c", f"{mounts}\n{IN_PRIVATE_DEV}", "sh", str(dev)]
+    return [program("unshare", "util-linux"), "--mount", *as_root, *options, *shell]
 
 
 class Policyd(Server):
@@ -428,7 +506,7 @@ class Policyd(Server):
         self.environment = environment or {}
         self.mounts = mounts
         self.syslog, self.notify = Inbox(self.directory / "syslog"), Inbox(self.directory / "notify")
-        self._connection: socket.socket | None = None
+        self._connection: Connection | None = None
         self.dev = self.directory / "dev"
         self.dev.mkdir()
         (self.dev / "log").symlink_to(self.syslog.path)
@@ -439,21 +517,16 @@ class Policyd(Server):
         self.port = int(settings.setdefault("port", self.port))
         self.statedir = Path(settings.setdefault("statedir", self.directory / "state"))
         self.statedir.mkdir(exist_ok=True)
-        lists = {key: value if isinstance(value, (list, tuple)) else [value] for key, value in settings.items()}
-        self.settings_file.write_text("".join(f"{key}={value}\n" for key in lists for value in lists[key]))
-        self.settings_file.chmod(0o640)
+        write_settings(self.settings_file, **settings).chmod(0o640)
 
     def start(self) -> Policyd:
         """Start the daemon, also again, and wait until it says that it is ready."""
         self.hang_up()
         before = self._readies()
         with (self.directory / "stderr").open("ab") as stderr:
-            as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-            self._spawn([
-                program("unshare", "util-linux"), "--mount", *as_root, "sh", "-c", f"{self.mounts}\n{IN_PRIVATE_DEV}",
-                "sh", str(self.dev), sys.executable, str(ROOT / "policyd.py"), "-c", str(self.settings_file),
-            ], stderr, **{"STATE_DIRECTORY": str(self.statedir), "NOTIFY_SOCKET": str(self.notify.path),
-                          **self.environment})  # fmt: skip
+            daemon = [sys.executable, str(ROOT / "policyd.py"), "-c", str(self.settings_file)]
+            systemd = {"STATE_DIRECTORY": str(self.statedir), "NOTIFY_SOCKET": str(self.notify.path)}
+            self._spawn([*own_mounts(self.dev, mounts=self.mounts), *daemon], stderr, **systemd, **self.environment)
         wait_until(lambda: self.process.poll() is not None or self._readies() > before, "policyd is ready")
         if self.process.poll() is not None:
             raise RuntimeError(f"policyd ended with {self.process.returncode} before it was ready: {self.stderr}")
@@ -467,21 +540,15 @@ class Policyd(Server):
     def stderr(self) -> str:
         return (self.directory / "stderr").read_text(errors="backslashreplace")
 
-    def connect(self) -> socket.socket:
-        if self.bind.startswith("/"):
-            connection = socket.socket(socket.AF_UNIX)
-            connection.settimeout(START_TIMEOUT_S)
-            connection.connect(self.bind)
-            return connection
+    def connect(self, source: str = "") -> Connection:
         address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.bind, self.bind)
-        return socket.create_connection((address, self.port), START_TIMEOUT_S)
+        return Connection(address if address.startswith("/") else (address, self.port), source)
 
     def ask(self, **attributes: object) -> str:
         """Send one request on our own connection and return the answer, without `action=`."""
         if self._connection is None:
             self._connection = self.connect()
-        self._connection.sendall(request_bytes(**attributes))
-        return read_answer(self._connection)
+        return self._connection.ask(**attributes)
 
     def hang_up(self) -> None:
         """Close the connection `ask` uses; the next `ask` opens a new one."""
@@ -513,13 +580,16 @@ class Policyd(Server):
         assert "Traceback" not in shown, shown
 
 
-def run_policyd(*arguments: str, through: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+Start = Callable[..., Policyd]  # of the fixture `policyd`
+
+
+def run_policyd(*arguments: object, through: Sequence[str] = (), **environment: str) -> Result:
     """Run policyd.py with these arguments to its end, for what it does without serving; `through` another command."""
-    return run(sys.executable, str(ROOT / "policyd.py"), *arguments, through=through, **environment)
+    return run(*through, sys.executable, ROOT / "policyd.py", *arguments, env=environment)
 
 
 @contextlib.contextmanager
-def policyd_factory() -> Iterator[Callable[..., Policyd]]:
+def policyd_factory() -> Iterator[Start]:
     """Yield a function that starts daemons; all of them are ended with the block."""
     with contextlib.ExitStack() as started:
 
@@ -531,7 +601,7 @@ def policyd_factory() -> Iterator[Callable[..., Policyd]]:
         yield start
 
 
-POSTFIX_MAIN_CF = """
+MAIN_CF = """
 compatibility_level = 3.6
 config_directory = {directory}/etc
 queue_directory = {directory}/queue
@@ -542,7 +612,7 @@ myhostname = relay.example.org
 mydestination =
 mynetworks =
 inet_interfaces = 127.0.0.1
-inet_protocols = ipv4
+inet_protocols = all
 # No name is ever looked up, no mail ever leaves: all of example.net is one maildir, and what is for
 # later.example.net waits in the deferred queue for ever.
 disable_dns_lookups = yes
@@ -563,8 +633,10 @@ cyrus_sasl_config_path = {directory}/etc/sasl
 smtpd_relay_restrictions = permit_sasl_authenticated, reject_unauth_destination
 """
 
-# Three doors, one for each way to be asked. The first is the line of the README.
-POSTFIX_MASTER_CF = """
+# A door for each way to be asked. The first is the line of the README; one hands all mail to a filter before it is
+# queued: another smtpd, as it stands behind many a content filter; the last believes its clients where they come from,
+# as on a host that has IPv6 only.
+MASTER_CF = """
 127.0.0.1:{submission_port} inet n - n - - smtpd
   -o {{ smtpd_end_of_data_restrictions = check_policy_service {{ {tcp}, timeout=10s, default_action=DUNNO }} }}
 127.0.0.1:{data_port} inet n - n - - smtpd
@@ -572,6 +644,16 @@ POSTFIX_MASTER_CF = """
   -o {{ smtpd_end_of_data_restrictions = check_policy_service {{ {tcp}, timeout=10s, default_action=DUNNO }} }}
 127.0.0.1:{socket_port} inet n - n - - smtpd
   -o {{ smtpd_end_of_data_restrictions = check_policy_service {{ {unix}, timeout=10s, default_action=DUNNO }} }}
+127.0.0.1:{proxied_port} inet n - n - - smtpd
+  -o smtpd_proxy_filter=127.0.0.1:{filter_port}
+  -o {{ smtpd_end_of_data_restrictions = check_policy_service {{ {tcp}, timeout=10s, default_action=DUNNO }} }}
+127.0.0.1:{filter_port} inet n - n - - smtpd
+  -o smtpd_sasl_auth_enable=no
+  -o mynetworks=127.0.0.1 -o {{ smtpd_relay_restrictions = permit_mynetworks, reject }}
+[::1]:{ipv6_port} inet n - n - - smtpd
+  -o inet_protocols=ipv6 -o inet_interfaces=all
+  -o smtpd_authorized_xclient_hosts=[::1]
+  -o {{ smtpd_end_of_data_restrictions = check_policy_service {{ inet:[::1]:{policy_port}, timeout=10s }} }}
 pickup    unix  n - n 60 1 pickup
 cleanup   unix  n - n - 0 cleanup
 qmgr      unix  n - n 300 1 qmgr
@@ -599,20 +681,20 @@ mech_list: PLAIN
 class Postfix(Server):
     """A private Postfix with SASL logins that asks a policy server on `policy_port` or `policy_socket`.
 
-    Mail comes in at `submission_port`; at `data_port`, where
-    policyd is asked at DATA too; or at `socket_port`, where it is asked over the unix socket.
+    Mail comes in at `submission_port`; at `data_port`, where policyd is asked at DATA too; at `socket_port`, where it
+    is asked over the unix socket; at `proxied_port`, before smtpd_proxy_filter; or over IPv6 at `ipv6_port`.
     """
 
     logins = ("alice", "boris", "carla@example.org")
     login = logins[0]
     password = "alice's secret"
-    main_cf, master_cf = POSTFIX_MAIN_CF, POSTFIX_MASTER_CF
 
     def __init__(self) -> None:
         if os.geteuid() != 0:
             pytest.exit("only root can start Postfix: run as root, or leave it out with -m 'not postfix'", returncode=1)
         super().__init__()
         self.submission_port, self.data_port, self.socket_port, self.policy_port = (free_port() for _ in range(4))
+        self.proxied_port, self.filter_port, self.ipv6_port = (free_port() for _ in range(3))
         self.policy_socket = self.directory / "policy" / "socket"
         self.tcp, self.unix = f"inet:127.0.0.1:{self.policy_port}", f"unix:{self.policy_socket}"
 
@@ -625,13 +707,13 @@ class Postfix(Server):
         # Set-group-id: the socket policyd makes here (mode 0660) belongs to the group of smtpd.
         shutil.chown(self.directory / "policy", group="postfix")
         (self.directory / "policy").chmod(0o2755)
-        for name, text in {"main.cf": self.main_cf, "master.cf": self.master_cf, "sasl/smtpd.conf": SASL}.items():
+        for name, text in {"main.cf": MAIN_CF, "master.cf": MASTER_CF, "sasl/smtpd.conf": SASL}.items():
             (self.directory / "etc" / name).write_text(text.format(**vars(self)))
         for login in self.logins:
             user, _, realm = login.partition("@")
             command = [program("saslpasswd2", "sasl2-bin libsasl2-modules"), "-p", "-c", "-u",
                        realm or "relay.example.org", "-f", str(self.directory / "sasldb2"), user]  # fmt: skip
-            subprocess.run(command, input=self.password, text=True, check=True, timeout=60)
+            run(*command, stdin=None, input=self.password, check=True)
         shutil.chown(self.directory / "sasldb2", "postfix")
         self.launch()
 

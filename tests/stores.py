@@ -6,21 +6,19 @@ import contextlib
 import socket
 import socketserver
 import sqlite3
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Union
 
 import pytest
-from servers import Database
+from servers import Database, MariaDB
 
-from policyd import CODECS, DAY_S, Event, Log, MariaDBRepository, Repository, Settings, SQLiteRepository, Usage, fit
+from policyd import CODECS, DAY_S, Event, Log, Repository, RepositoryUnavailable, Settings, SQLiteRepository, Usage, fit
 
 Row = tuple[str, str, str, Union[int, None]]
 
-A_DAY_LESS_A_MINUTE, A_DAY_AND_A_MINUTE = DAY_S - 60, DAY_S + 60
 GENEROUS = Settings(defaultquota=10**6, hourquota=10**6)  # the quota is never reached, and no history is a long one
 
 
@@ -63,21 +61,6 @@ def count(repository: Repository, *events: Event, settings: Settings = GENEROUS)
     return sums(repository, events, settings)
 
 
-def read_settings(*lines: str, **values: object) -> Settings:
-    """Read settings from a file, as the daemon does."""
-    with tempfile.NamedTemporaryFile("w", suffix=".cfg") as file:
-        file.write("".join(f"{line}\n" for line in (*lines, *(f"{key}={value}" for key, value in values.items()))))
-        file.flush()
-        return Settings.from_file(file.name)
-
-
-def maria_repository(database: Database, **changes: str) -> MariaDBRepository:
-    """Return a repository on the database, as another daemon would have it."""
-    repository = MariaDBRepository(read_settings(**{**database.settings(), **changes}))
-    repository.resolve()
-    return repository
-
-
 class Store:
     """A table; `repository` is policyd's way to it, and `settings` lead a daemon here.
 
@@ -104,6 +87,15 @@ class Store:
     def clear(self) -> None:
         self._query("DELETE FROM events")
 
+    def forgive(self, login: str) -> int:
+        """Begin a login's count anew and end its incidents, as policyd-admin does; return the number of rows."""
+        statement = (
+            "UPDATE {table} SET recipient_count = COALESCE(-recipient_count, 0), ts = ts"
+            " WHERE {of_login} AND {since day} AND (recipient_count IS NULL OR recipient_count > 0)"
+        )
+        ((changed,),) = self.another().ask(statement, {"login": login, "day": DAY_S})
+        return int(changed)
+
     def stored(self, event: Event) -> Row:
         """Return the row in which an event is kept."""
         return event
@@ -127,7 +119,7 @@ class MariaStore(Store):
         self.width = found[0][0]
 
     def another(self) -> Repository:
-        return maria_repository(self.database)
+        return self.database.repository()
 
     def add(self, rows: Sequence[Row], age_s: float) -> None:
         values = ", ".join(["(NOW(3) - INTERVAL %s MICROSECOND, %s, %s, %s, %s)"] * len(rows))
@@ -171,13 +163,32 @@ def on_stores(*kinds: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("store", [KINDS[STORES.index(kind)] for kind in kinds], indirect=True)
 
 
-on_mariadb = on_stores(*STORES[1:])
 on_each_table = on_stores(*STORES[:3])  # for what an index has nothing to do with
 
 
 def total(store: Store, login: str | None = None) -> int:
     """Return the recipients that count, of a login or of all, however old."""
     return sum(max(row[3] or 0, 0) for row in store.rows() if login in (None, row[0]))
+
+
+class BreakableRepository(SQLiteRepository):
+    """An embedded store of which the methods named in `broken` fail: as if it were away, or with a fault of ours."""
+
+    AWAY = frozenset(("insert", "usages", "check"))
+    broken: frozenset[str] = frozenset()
+    fault: type[Exception] = RepositoryUnavailable
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(str(path), clock)
+        self.clock = clock
+
+    def __getattribute__(self, name: str) -> Any:
+        if name != "broken" and name in self.broken:
+            raise self.fault(f"{name} is broken")
+        return super().__getattribute__(name)
+
+    def count(self) -> int:
+        return len(self.first())
 
 
 class LoggedLine(NamedTuple):
@@ -198,59 +209,34 @@ class KeptLog(Log):
         return [line.text for line in self.lines if line.level == "error"]
 
 
-@contextlib.contextmanager
-def session(database: Database) -> Iterator[Any]:
-    """Lend a cursor of a session of root's that stays open, for transactions and locks."""
-    with contextlib.closing(database.server.connect(database.name)) as connection, connection.cursor() as cursor:
-        yield cursor
+class Listener(socketserver.ThreadingTCPServer):
+    """Listens on 127.0.0.1, and serves in threads of its own until it is closed."""
 
-
-@contextlib.contextmanager
-def table_locked(database: Database) -> Iterator[None]:
-    with session(database) as cursor:
-        cursor.execute("LOCK TABLES events WRITE")
-        yield
-
-
-@contextlib.contextmanager
-def global_variable(database: Database, name: str, value: object) -> Iterator[None]:
-    """Set a variable of the server; new sessions take it over."""
-    before = database.query(f"SELECT @@GLOBAL.{name}")[0][0]
-    database.query(f"SET GLOBAL {name} = %s", (value,))
-    try:
-        yield
-    finally:
-        database.server.ensure_running()
-        database.query(f"SET GLOBAL {name} = %s", (before,))
-
-
-def sessions(database: Database) -> list[tuple[int, str | None, int]]:
-    """Return id, statement and milliseconds at work of policyd's connections to the database."""
-    at_work = "time * 1000" if database.server.is_mysql else "time_ms"
-    return database.query(
-        f"SELECT id, info, {at_work} FROM information_schema.processlist WHERE db = %s AND user = %s",
-        (database.name, database.server.user),
-    )
-
-
-class Door(socketserver.ThreadingTCPServer):
-    """A way to a server that can be shut, with all who are in it, be slow, or go deaf: what is said then is lost."""
-
-    allow_reuse_address = daemon_threads = True
+    daemon_threads = True
     block_on_close = False
 
-    def __init__(self, host: str, port: int) -> None:
-        super().__init__(("127.0.0.1", 0), DoorHandler)
+    def __init__(self, handler: type[socketserver.BaseRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         self.port: int = self.server_address[1]
-        self.target = host, port
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def server_close(self) -> None:
+        self.shutdown()
+        super().server_close()
+
+
+class Door(Listener):
+    """A way to a server that can be closed, with all who are in it, be slow, or go deaf: what is said then is lost."""
+
+    def __init__(self, server: MariaDB, handler: type[DoorHandler] | None = None) -> None:
+        self.target = server.host, server.port
         self.passing: list[socket.socket] = []
         self.is_deaf = False
         self.delay_s = 0.0  # of what the client says
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+        super().__init__(handler or DoorHandler)
 
-    def shut(self) -> None:
-        self.shutdown()
-        self.server_close()
+    def server_close(self) -> None:
+        super().server_close()
         for connection in self.passing:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)

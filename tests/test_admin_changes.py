@@ -10,10 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Callable
 
 from scripting import ADMIN, DAY_S, HOSTILE, HOUR_S, Desk, Entry, commands_in, incident, pasted, run_process
-from servers import DUNNO, HOLD, Database, MariaDB, Policyd, wait_until
+from servers import DUNNO, HOLD, Database, Start, wait_until
 from stores import Store, on_each_table, on_stores, soon
 
 import policyd as module
@@ -96,7 +95,7 @@ def test_only_the_login_itself_is_forgiven_whatever_the_old_collation_thinks(sto
     assert left == {"rene": 5, "rené": -5, "RENE": 5, "rene2": 5, newsletter: -5}
 
 
-def test_a_running_daemon_lets_a_forgiven_login_send_again(policyd: Callable[..., Policyd]) -> None:
+def test_a_running_daemon_lets_a_forgiven_login_send_again(policyd: Start) -> None:
     running = policyd(defaultquota=5)
     desk = Desk(running.settings_file)
     assert running.ask(sasl_username="anna", recipient_count=7) == HOLD
@@ -111,7 +110,7 @@ def test_a_running_daemon_lets_a_forgiven_login_send_again(policyd: Callable[...
 
 
 @on_each_table
-def test_a_block_holds_at_once_everywhere_until_it_is_lifted(store: Store, policyd: Callable[..., Policyd]) -> None:
+def test_a_block_holds_at_once_everywhere_until_it_is_lifted(store: Store, policyd: Start) -> None:
     """Also a login that was never seen, also in mode=audit; and no undo revives it."""
     running = policyd(**{"mode": "audit", **store.settings})
     desk = Desk(running.settings_file)
@@ -183,18 +182,18 @@ def test_on_a_terminal_it_asks(desk: Desk) -> None:
 
 
 def test_the_first_server_that_answers_is_changed_and_without_the_right_to_update_none(
-    database: Database, mariadb: MariaDB, desk: Desk
+    database: Database, desk: Desk
 ) -> None:
     database.query("INSERT INTO events (sasl_username, recipient_count) VALUES ('anna', 5)")
-    mariadb.query("CREATE USER 'reader'@'127.0.0.1' IDENTIFIED BY 'x'")
-    mariadb.query(f"GRANT SELECT ON {database.name}.* TO 'reader'@'127.0.0.1'")
-    desk.write(**{**database.settings(), "dbuser": "reader", "dbpass": "x"})
+    database.server.query("CREATE USER 'reader'@'127.0.0.1' IDENTIFIED BY 'x'")
+    database.server.query(f"GRANT SELECT ON {database.name}.* TO 'reader'@'127.0.0.1'")
+    desk.write(**database.settings(dbuser="reader", dbpass="x"))
     for command in ("forgive", "block"):
         assert "denied" in desk.refusal(command, "anna", "--yes", has_plan=True)
-    mariadb.query("DROP USER 'reader'@'127.0.0.1'")
+    database.server.query("DROP USER 'reader'@'127.0.0.1'")
     assert database.query("SELECT recipient_count FROM events") == [(5,)]
-    servers = f"/nonexistent/mysqld.sock,127.0.0.1:{mariadb.port},localhost:{mariadb.port}"
-    desk.write(**{**database.settings(), "dbhost": servers})
+    servers = f"/nonexistent/mysqld.sock,127.0.0.1:{database.server.port},localhost:{database.server.port}"
+    desk.write(**database.settings(dbhost=servers))
     desk("forgive", "anna", "--yes")
     assert database.query("SELECT recipient_count FROM events ORDER BY ts") == [(-5,), (0,)]
 

@@ -6,11 +6,10 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Callable
 
 import pytest
 from scripting import Desk, commands_in, journal, program
-from servers import Database, Policyd, Postfix, free_port
+from servers import Database, Postfix, Start, free_port
 
 LINE = "check_policy_service {{ {}, timeout=10s, default_action=DUNNO }}"
 
@@ -41,7 +40,7 @@ def a_postfix(directory: Path, services: dict[str, str], **main: str) -> dict[st
     return {"MAIL_CONFIG": str(directory)}
 
 
-def test_with_all_in_place_each_thing_is_said_to_be(postfix: Postfix, policyd: Callable[..., Policyd]) -> None:
+def test_with_all_in_place_each_thing_is_said_to_be(postfix: Postfix, policyd: Start) -> None:
     running = policyd(port=postfix.policy_port)
 
     def files() -> set[str]:
@@ -57,10 +56,13 @@ def test_with_all_in_place_each_thing_is_said_to_be(postfix: Postfix, policyd: C
         f"127.0.0.1:{postfix.data_port}/inet asks policyd in smtpd_end_of_data_restrictions",
     ):  # fmt: skip
         assert found.has("ok", part), (part, found.text)
-    (wrong,) = found.lines["wrong"]
     line = LINE.format(f"inet:127.0.0.1:{postfix.policy_port}")
-    where = f"127.0.0.1:{postfix.socket_port}/inet"
-    assert wrong == f"{where} does not ask policyd; write: -o {{ smtpd_end_of_data_restrictions = {line} }}"
+    where, proxied = (f"127.0.0.1:{port}/inet" for port in (postfix.socket_port, postfix.proxied_port))
+    remedy = f"does not ask policyd; write: -o {{ smtpd_end_of_data_restrictions = {line} }}"
+    assert found.lines["wrong"] == [
+        f"{where} {remedy}", f"{proxied} has smtpd_proxy_filter: it cannot hold; ask from the service behind it",
+        f"[::1]:{postfix.ipv6_port}/inet {remedy}",
+    ]  # fmt: skip
     assert files() == before
     assert "Updating db" not in "".join(line.text for line in running.log_lines())
     by_socket = policyd(bind=str(postfix.policy_socket))
@@ -73,7 +75,7 @@ ASKS, AUTH = LINE.format("inet:127.0.0.1:9093"), "smtpd_sasl_auth_enable = yes"
 END = "smtpd_end_of_data_restrictions"
 SERVICES = {  # its options, the kind of its line, how that begins
     "submission": (f"{AUTH}; {END} = {ASKS}", "ok", f"asks policyd in {END}"),
-    "smtps": (f"{AUTH}; smtpd_data_restrictions = reject_x, {ASKS}", "ok", "asks policyd in smtpd_data"),
+    "smtps": (f"{AUTH[:-3]}YES; smtpd_data_restrictions = reject_x, {ASKS}", "ok", "asks policyd in smtpd_data"),
     "587": (AUTH, "wrong", f"does not ask policyd; write: -o {{ {END} = "),
     "588": (f"{AUTH}; {END} = {ASKS.replace('9093', '9094')}", "wrong", "does not ask policyd"),
     "589": (f"{AUTH}; smtpd_recipient_restrictions = {ASKS}", "wrong",
@@ -105,7 +107,7 @@ def test_each_mistake_of_a_service_is_found_and_main_cf_is_for_all(desk: Desk, t
 
 
 def test_a_daemon_that_does_not_run_or_has_other_settings_is_wrong(
-    desk: Desk, policyd: Callable[..., Policyd]
+    desk: Desk, policyd: Start
 ) -> None:
     running = policyd()
     desk.write(port=str(free_port()))
@@ -120,7 +122,7 @@ def test_a_daemon_that_does_not_run_or_has_other_settings_is_wrong(
     assert Findings(desk).has("wrong", other)
 
 
-def test_the_last_reload_is_told_as_far_as_the_log_tells(tmp_path: Path, policyd: Callable[..., Policyd]) -> None:
+def test_the_last_reload_is_told_as_far_as_the_log_tells(tmp_path: Path, policyd: Start) -> None:
     running = policyd()
     desk, file, ours = Desk(running.settings_file), running.settings_file, f"policyd[{running.pid}]: "
     program(tmp_path, "postconf", "exit 1")  # the real one waits before it fails
@@ -147,7 +149,7 @@ def test_what_policyd_itself_finds_is_passed_on(desk: Desk, tmp_path: Path, data
     found = Findings(desk)
     for part in ("there is no table events", "on_stop=/nonexistent/program", "max_networks= is gone"):
         assert found.has("wrong", part)
-    desk.write(**{**database.settings(), "dbpass": "'wrong'"})
+    desk.write(**database.settings(dbpass="'wrong'"))
     assert Findings(desk).has("wrong", "Access denied")
     desk.write(statedir=str(tmp_path / "missing"))
     assert Findings(desk).has("wrong", "statedir")

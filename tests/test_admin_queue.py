@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import gzip
 import re
-import smtplib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 import scripting
+from asking import send
 from scripting import Desk, commands_in, journal
-from servers import Policyd, Postfix, program, wait_until
+from servers import Policyd, Postfix, Start, program, wait_until
 from stores import SQLiteStore
 
 from policyd import printable
@@ -22,21 +22,10 @@ QUOTA = 3
 NO_LOGIN = "(no login)"
 
 
-def send(
-    session: smtplib.SMTP, sender: str = "alice@example.org", recipients: int = 1, domain: str = "example.net",
-    parameter: str = "", text: str = "Subject: hello\r\n\r\nHello\r\n",
-) -> str:  # fmt: skip
-    """Send one message and return its queue id; `parameter` goes to its recipients."""
-    replies = [session.docmd(f"MAIL FROM:<{sender}>")]
-    replies += [session.docmd(f"RCPT TO:<rcpt{n}@{domain}> {parameter}".rstrip()) for n in range(recipients)]
-    assert {code for code, _ in replies} == {250}, replies
-    (queue_id,) = re.findall(r"queued as (\w+)", session.data(text)[1].decode())
-    return str(queue_id)
-
-
 def submit(postfix: Postfix, login: str | bool, **message: Any) -> str:
+    """Send one message and return its queue id."""
     with postfix.session(login=login) as session:
-        return send(session, **message)
+        return send(session, **message).queue_id
 
 
 def put_on_hold(postfix: Postfix, login: str | bool = False, **message: Any) -> str:
@@ -69,7 +58,7 @@ def wrapped(name: str, directory: Path, first: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def hold(postfix: Postfix, policyd: Callable[..., Policyd]) -> Iterator[Policyd]:
+def hold(postfix: Postfix, policyd: Start) -> Iterator[Policyd]:
     """An empty queue, and a daemon that holds alice's mail from the quota on, and all of boris and carla."""
     postfix.delete("ALL")
     yield policyd(port=postfix.policy_port, defaultquota=QUOTA, rejectquota=100_000, blacklist=["boris", "carla"])
@@ -91,7 +80,7 @@ def test_each_queued_message_stands_under_its_login(postfix: Postfix, hold: Poli
     alice.add(submit(postfix, "alice", recipients=2))
     text = "Subject: =?utf-8?q?caf=C3=A9?=\r\n a\x1b[31m\r\n\r\n" + "x" * 20000
     boris = submit(postfix, "boris", sender="boris@example.org", recipients=9, text=text)
-    carla = submit(postfix, "carla@example.org", sender="")
+    carla = submit(postfix, "carla@example.org", sender="", text="Subject: hello\r\n\r\nHello\r\n")
     person = put_on_hold(postfix, sender="someone@example.com")
     submit(postfix, False, domain="later.example.net")  # bounces and inbound mail: none of our business
     text = desk("held")
@@ -134,7 +123,9 @@ def test_three_hundred_messages_are_read_in_a_few_calls(postfix: Postfix, tmp_pa
     sent = {}
     for login in ("alice", "boris", "carla@example.org"):
         with postfix.session(login=login) as session:
-            sent[login.partition("@")[0]] = {send(session, f"{login[0]}{n}@example.org", QUOTA) for n in range(100)}
+            sent[login.partition("@")[0]] = {
+                send(session, f"{login[0]}{n}@example.org", QUOTA).queue_id for n in range(100)
+            }
     calls = tmp_path / "calls"
     environment = wrapped("postcat", tmp_path, f'echo >>"{calls}"')
     began = time.monotonic()

@@ -5,43 +5,31 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Callable
 
 import pytest
-from servers import DUNNO, HOLD, IN_PRIVATE_DEV, ROOT, Database, Policyd, free_port, program, read_to_end, run_policyd
-from stores import MariaStore, SQLiteStore, global_variable
+from servers import DUNNO, HOLD, ROOT, Database, Start, free_port, own_mounts, program, run, run_policyd, write_settings
+from stores import MariaStore, SQLiteStore
 
 import policyd as module
-
-Start = Callable[..., Policyd]
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    """A settings file of the embedded store."""
-    path = tmp_path / "policyd.cfg"
-    path.write_text(f"statedir={tmp_path}\nport={free_port()}\n")
-    return path
 
 
 def settings_for(database: Database, path: Path, **changes: object) -> str:
     settings = {"port": free_port(), "statedir": path.parent, **database.settings(), **changes}
-    path.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
-    return str(path)
+    return str(write_settings(path, **settings))
 
 
 def where(database: Database) -> str:
     return f"table events of MariaDB database {database.name}"
 
 
-def run(status: int, *arguments: str, **environment: str) -> str:
+def output(status: int, *arguments: object, **environment: str) -> str:
     """Run policyd, which must end with this status; return what it printed, all of it in one place."""
     done = run_policyd(*arguments, **environment)
     assert (done.returncode, bool(done.stdout and done.stderr)) == (status, False), done
@@ -50,7 +38,7 @@ def run(status: int, *arguments: str, **environment: str) -> str:
 
 def failed_check(settings_file: Path | str, says: str = "events cannot be counted: ") -> str:
     """Return what a --check that ends with status 1 says on its one line of stderr, behind these words."""
-    done = run_policyd("-c", str(settings_file), "--check")
+    done = run_policyd("-c", settings_file, "--check")
     said = re.fullmatch(rf"policyd: {re.escape(says)}(.*)\n", done.stderr)
     assert (done.returncode, bool(said)) == (1, True), done
     return said[1]
@@ -58,10 +46,10 @@ def failed_check(settings_file: Path | str, says: str = "events cannot be counte
 
 def test_version_is_said_with_the_commit_of_a_checkout(tmp_path: Path) -> None:
     shutil.copy(ROOT / "policyd.py", tmp_path)
-    alone = subprocess.run([sys.executable, str(tmp_path / "policyd.py"), "--version"], capture_output=True, text=True)
+    alone = run(sys.executable, tmp_path / "policyd.py", "--version")
     assert alone.stdout == f"policyd {module.__version__}\n"
     commit = r"\+[0-9a-f]{7}" if (ROOT / ".git").exists() and shutil.which("git") else ""
-    assert re.fullmatch(rf"policyd {re.escape(module.__version__)}{commit}\n", run(0, "--version"))
+    assert re.fullmatch(rf"policyd {re.escape(module.__version__)}{commit}\n", output(0, "--version"))
 
 
 def test_a_wrong_command_line_gets_one_line() -> None:
@@ -70,23 +58,23 @@ def test_a_wrong_command_line_gets_one_line() -> None:
         "-c": "argument -c/--config: expected one argument",
         "--check --init-db": "argument --init-db: not allowed with argument --check",
     }.items():  # fmt: skip
-        assert run(1, *arguments.split()) == f"policyd: {message}; see policyd --help\n"
+        assert output(1, *arguments.split()) == f"policyd: {message}; see policyd --help\n"
 
 
 def test_check_settings_looks_at_the_file_alone_and_where_pymysql_is_needed_its_package_is_named(
-    file: Path, tmp_path: Path
+    file: Path,
 ) -> None:
     """Neither the database nor the port, statedir or PyMySQL are asked for: a reload needs only that."""
-    (tmp_path / "pymysql.py").write_text("raise ImportError('not installed')")
+    file.with_name("pymysql.py").write_text("raise ImportError('not installed')")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         file.write_text(f"port={port}\nstatedir=/nowhere\ndbhost=127.0.0.9\ndbname=x\ndbuser=x\ndefaultquota=42\n")
-        said = run(0, "-c", str(file), "--check-settings", PYTHONPATH=str(tmp_path))
+        said = output(0, "-c", file, "--check-settings", PYTHONPATH=str(file.parent))
     assert re.match(f"no mistake in the settings: .*quota 42.*{file}", said)
     file.write_text("dbname=policyd\ndbuser=policyd\n")
     remedy = "policyd: PyMySQL is missing: apt install python3-pymysql, or remove the db... settings\n"
     for arguments in ([], ["--check"], ["--init-db"]):
-        done = run_policyd("-c", str(file), *arguments, PYTHONPATH=str(tmp_path))
+        done = run_policyd("-c", file, *arguments, PYTHONPATH=str(file.parent))
         assert (done.returncode, done.stderr) == (1, remedy)
 
 
@@ -101,7 +89,7 @@ def test_check_says_what_it_found(request: pytest.FixtureRequest, file: Path, ki
     (port,) = re.findall(r"^port=(\d+)", file.read_text(), re.MULTILINE)
     for line, number in (("", 0), ("early_signs=audit\nkeep_days=30\n", 1), ("trusted_network=192.0.2.0/24\n", 0)):
         file.write_text(file.read_text() + line)
-        said = run(0, "-c", str(file), "--check")
+        said = output(0, "-c", file, "--check")
         for part in (f"inet:127.0.0.1:{port}", "quota 1500", f"settings: {file}", store):
             assert part in said
         assert said.count("warning: early_signs is on and trusted_network= is empty") == number
@@ -112,7 +100,7 @@ def test_check_names_the_remedy_for_a_table_without_index(old_database: Database
     """Mail would be counted, so the status is 0; but not with early signs, which need it."""
     found = (f"events can be counted: {where(old_database)}, logins of up to 8 characters,"
              " NO index on (sasl_username, ts): slow when it is large; run policyd --init-db")  # fmt: skip
-    assert run(0, "-c", settings_for(old_database, file), "--check").splitlines()[-1] == found
+    assert output(0, "-c", settings_for(old_database, file), "--check").splitlines()[-1] == found
     early = settings_for(old_database, file, early_signs="yes", keep_days=30, trusted_network="192.0.2.0/24")
     assert failed_check(early, "early_signs needs the index").endswith("run policyd --init-db")
 
@@ -141,7 +129,7 @@ def test_check_says_what_else_cannot_be_used(file: Path, tmp_path: Path) -> None
     file.write_text(f"{file.read_text()}on_stop=/nowhere/program --to 'a b'\n")
     assert failed_check(file, "on_stop=") == "/nowhere/program --to 'a b': /nowhere/program cannot be run"
     file.write_text(f"statedir={tmp_path}/absent\nbind=192.0.2.1\nport=9093\n")
-    done = run_policyd("-c", str(file), "--check")
+    done = run_policyd("-c", file, "--check")
     assert done.returncode == 1
     address, first, second = done.stderr.splitlines()
     assert address == "policyd: cannot listen on inet:192.0.2.1:9093: Cannot assign requested address"
@@ -157,6 +145,15 @@ def test_check_says_when_another_program_has_the_port(file: Path) -> None:
             file.write_text(f"statedir={file.parent}\nport={port}\n")
             threading.Thread(target=lambda taken=taken, answer=answer: taken.accept()[0].sendall(answer)).start()
             assert failed_check(file, f"cannot listen on inet:127.0.0.1:{port}: ") == "Address already in use"
+
+
+def test_ctrl_c_ends_a_check_with_one_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "settings")
+    command = [sys.executable, str(ROOT / "policyd.py"), "-c", str(tmp_path / "settings"), "--check"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / "settings", "w"):  # once it reads them, it waits for us
+        process.send_signal(signal.SIGINT)
+        assert (process.communicate()[1], process.returncode) == ("policyd: interrupted\n", 1)
 
 
 # A machine that has a user policyd: in the eyes of what runs in it.
@@ -180,10 +177,10 @@ def test_root_looks_and_makes_files_as_the_daemons_user_does(tmp_path: Path) -> 
     # Ours may lie where only root may look: Python reads parts of itself when they are needed first.
     above = Path(sys.executable).resolve().parents
     python = sys.executable if all(each.stat().st_mode & 1 for each in above) else "/usr/bin/python3"
-    command = ["unshare", "--mount", "sh", "-c", WITH_A_USER, str(tmp_path), python, str(ROOT / "policyd.py")]
+    command = ["unshare", "--mount", "sh", "-c", WITH_A_USER, tmp_path, python, ROOT / "policyd.py"]
 
     def done(option: str) -> tuple[int, str]:
-        done = subprocess.run([*command, "-c", str(file), option], capture_output=True, text=True, timeout=60)
+        done = run(*command, "-c", file, option)
         return done.returncode, done.stderr
 
     remedy = f"chown root:policyd {file} && chmod 0640 {file}"
@@ -203,18 +200,18 @@ def test_root_looks_and_makes_files_as_the_daemons_user_does(tmp_path: Path) -> 
 def test_init_db_creates_or_upgrades_the_table(database: Database, old_database: Database, file: Path) -> None:
     """With the right to; what comes of it is test_mariadb.py's.  Or the embedded store."""
     for _ in range(2):
-        assert run(0, "-c", str(file), "--init-db") == f"embedded store {file.parent}/events.sqlite3 is ready\n"
+        assert output(0, "-c", file, "--init-db") == f"embedded store {file.parent}/events.sqlite3 is ready\n"
     assert (file.parent / "events.sqlite3").stat().st_mode & 0o077 == 0, "who sent what is nobody else's business"
     database.query("DROP TABLE events")
     user = f"'{old_database.server.user}'@'127.0.0.1'"
     old_database.query(f"REVOKE ALTER ON {old_database.name}.* FROM {user}")
     old = settings_for(old_database, file)
-    assert run(1, "-c", old, "--init-db").startswith("policyd: events cannot be counted: (1142, \"ALTER command")
+    assert output(1, "-c", old, "--init-db").startswith("policyd: events cannot be counted: (1142, \"ALTER command")
     old_database.query(f"GRANT ALTER ON {old_database.name}.* TO {user}")
     upgraded = "upgraded {}: wide columns of any character, index on (sasl_username, ts)"
     for each, said in ((database, "created {}"), (old_database, upgraded)):
         for expected in (said, "{} is up to date"):
-            assert run(0, "-c", settings_for(each, file), "--init-db") == expected.format(where(each)) + "\n"
+            assert output(0, "-c", settings_for(each, file), "--init-db") == expected.format(where(each)) + "\n"
 
 
 def test_init_db_moves_what_the_embedded_store_has_once(policyd: Start, database: Database, tmp_path: Path) -> None:
@@ -226,13 +223,13 @@ def test_init_db_moves_what_the_embedded_store_has_once(policyd: Start, database
     assert daemon.ask(recipient_count=99) == DUNNO
     assert daemon.stop() == 0
     before = embedded.times()
-    refused = run(1, "-c", str(daemon.settings_file), "--init-db", "--from-embedded")
+    refused = output(1, "-c", daemon.settings_file, "--init-db", "--from-embedded")
     assert refused.startswith("policyd: --from-embedded needs the db... settings")
     daemon.write_settings(defaultquota=1200, **database.settings())
     database.query("DROP TABLE events")
     for moved in (len(before), 0):
-        with global_variable(database, "max_allowed_packet", 16_384):  # which a whole slice does not fit into
-            done = run_policyd("-c", str(daemon.settings_file), "--init-db", "--from-embedded")
+        with database.variable("max_allowed_packet", 16_384):  # which a whole slice does not fit into
+            done = run_policyd("-c", daemon.settings_file, "--init-db", "--from-embedded")
         assert (done.returncode, done.stderr) == (0, "")
         assert f"moved {moved} events" in done.stdout.splitlines()[-1]
         assert MariaStore(database).times() == before
@@ -245,6 +242,7 @@ def test_init_db_moves_what_the_embedded_store_has_once(policyd: Start, database
 # A machine as if new: a network of its own, in which port 9093 is free, and neither settings nor files of policyd.
 # There somebody starts policyd, pastes the request of the README into nc, and reads.
 FRESH_MACHINE = """
+unset STATE_DIRECTORY NOTIFY_SOCKET
 "$0" -c 'import fcntl, socket, struct
 fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh14x", b"lo", 1))'  # SIOCSIFFLAGS, IFF_UP
 for directory in /etc/postfix /var/lib/policyd; do
@@ -265,16 +263,9 @@ def test_on_a_fresh_machine_it_runs_with_one_command(tmp_path: Path) -> None:
     directory, dev = tmp_path / "empty", tmp_path / "dev"
     directory.mkdir()
     dev.mkdir()
-    for name in ("null", "zero", "random", "urandom"):
-        (dev / name).touch()
     (tmp_path / "pymysql.py").write_text("raise ImportError('not installed')")
-    as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    environment = {key: os.environ[key] for key in os.environ if key not in ("STATE_DIRECTORY", "NOTIFY_SOCKET")}
-    done = subprocess.run(
-        [program("unshare", "util-linux"), "--mount", "--net", *as_root, "sh", "-c", IN_PRIVATE_DEV, "sh", str(dev),
-         "sh", "-c", FRESH_MACHINE, sys.executable, str(ROOT / "policyd.py")],
-        cwd=directory, capture_output=True, text=True, timeout=60, env={**environment, "PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
+    machine = [*own_mounts(dev, "--net"), "sh", "-c", FRESH_MACHINE]
+    done = run(*machine, sys.executable, ROOT / "policyd.py", cwd=directory, env={"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stdout, done.stderr) == (0, repr(b"action=DUNNO\n\n") + "\n", "")
     first, counted, _ = (tmp_path / "stderr").read_text().splitlines()
     assert re.match(rf"policyd\[\d+\]: policyd {re.escape(module.__version__)} on inet:127\.0\.0\.1:9093, ", first)
@@ -287,9 +278,8 @@ def test_on_a_fresh_machine_it_runs_with_one_command(tmp_path: Path) -> None:
 
 def refusal(directory: Path, **settings: object) -> str:
     """Return the one line with which policyd refuses to start with status 1, behind what all begin with."""
-    file = directory / "second.cfg"
-    file.write_text("".join(f"{key}={value}\n" for key, value in {"statedir": directory, **settings}.items()))
-    (said,) = re.findall(r"\Apolicyd: cannot listen on (.*)\n\Z", run(1, "-c", str(file)))
+    file = write_settings(directory / "second.cfg", statedir=directory, **settings)
+    (said,) = re.findall(r"\Apolicyd: cannot listen on (.*)\n\Z", output(1, "-c", file))
     return str(said)
 
 
@@ -309,12 +299,12 @@ def test_it_answers_where_it_is_told_to_listen_and_no_other_can(
     assert f" on {where}, " in daemon.log_lines()[0].text
     with daemon.connect() as connection:
         connection.sendall(b"junk\n\n")
-        assert read_to_end(connection) == b""
+        assert connection.rest() == b""
     daemon.wait_for_log(f"bad request from {peer}: a line without '='; hung up")
     if not bind:
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", daemon.port))
-    done = run_policyd("-c", str(daemon.settings_file), "--check")
+    done = run_policyd("-c", daemon.settings_file, "--check")
     assert (done.returncode, done.stderr) == (0, ""), done
     assert refusal(tmp_path, **{"port": daemon.port, **given}) == f"{where}: Address already in use"
     assert daemon.ask() == DUNNO
@@ -339,7 +329,7 @@ def test_of_a_name_ipv4_comes_first_and_is_shown(policyd: Start, bind: str, addr
     assert daemon.notify.messages()[0].endswith(where)
     hosts = [program("nsenter", "util-linux"), f"--target={daemon.pid}", "--mount"]
     through = hosts if os.geteuid() == 0 else [*hosts, "--user", "--preserve-credentials"]
-    done = run_policyd("-c", str(daemon.settings_file), "--check", through=through)
+    done = run_policyd("-c", daemon.settings_file, "--check", through=through)
     assert (done.returncode, done.stderr) == (0, "")
     assert where in done.stdout
 
@@ -348,7 +338,7 @@ def test_a_unix_socket_is_for_owner_and_group_and_is_replaced(policyd: Start, tm
     """That of one that crashed or ended; that of a daemon that took the place of this one is left alone."""
     path = tmp_path / "socket"
     daemon = policyd(bind=path)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    assert path.stat().st_mode & 0o777 == 0o660
     daemon.kill()
     assert path.exists()
     assert daemon.start().ask() == DUNNO

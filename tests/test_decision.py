@@ -5,19 +5,16 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 from asking import Relay, ask, status, submit, wait_for_delivery
-from hypothesis import HealthCheck, example, given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from servers import DUNNO, HOLD, REJECT, LogLine, Policyd, Postfix, wait_until
-from stores import KeptLog, Store, event, on_stores, read_settings, soon
+from servers import DUNNO, HOLD, REJECT, LogLine, Postfix, Start, read_settings, wait_until
+from stores import KeptLog, Store, event, on_stores, soon
 
 from policyd import BATCH_EVENTS, NEVER, Limits, Usage, decide, in_office_hours, local_time
-
-Start = Callable[..., Policyd]
 
 LIMITS = Limits(hold_at=10, reject_at=20, hour=5, places=3, new_place_quota=8, early_signs=True)
 SINCE = 1_800_000_000.0
@@ -36,6 +33,13 @@ CASES: list[tuple[dict[str, Any], tuple[str, str, str, str]]] = [
     ({"from_new_places": 8}, ("HOLD", "newplace", "too much from new places", "newplace (8>8)")),
     ({}, ("DUNNO", "", "", "")),
 ]
+ODD = "\x1b[31m\x07\x7f%s%n\t\u4f8b\u2028\u202e\x85\U0001f4a9\rupdating db: b"
+SHOWN = r"\x1b[31m\x07\x7f%s%n\t\u4f8b\u2028\u202e\x85\U0001f4a9\rupdating db: b"
+QUOTA = 10
+BLACKLISTED = "HOLD blacklisted"
+HELP = "see https://help.example.org/quota; or write to <help@example.org>, \"100 %\", $(x) {sender} = '\\'"
+HELPDESK = "helpdesk@example.org"
+ALLOW = ("always_allow=HelpDesk@Example.ORG", "always_allow=postmaster@example.org")
 
 
 def usage(*cases: dict[str, Any]) -> Usage:
@@ -110,7 +114,7 @@ LISTS = [
     *(f"whitelist={each}" for each in ("news", "registrar@example.org", "198.51.100.0/24", "@Ally.example", "Both")),
     *(f"blacklist={each}" for each in ("phished", "spam@example.net", "2001:db8:bad::/48", "@ spam.example", "both")),
 ]
-LISTED: list[tuple[dict[str, str], str]] = [  # every spelling of what is on a list is in test_names.py
+LISTED: list[tuple[dict[str, str], str]] = [  # every spelling of what is on a list is in test_settings.py
     ({"login": "News@Example.org"}, "whitelist"), ({"sender": "Registrar@Example.org"}, "whitelist"),
     ({"client_address": "64:ff9b::c633:6403"}, "whitelist"), ({"login": "Phished@Example.org"}, "blacklist"),
     ({"sender": "Spam@Example.net"}, "blacklist"), ({"client_address": "2001:db8:bad::25"}, "blacklist"),
@@ -137,10 +141,6 @@ def test_a_whitelist_lets_pass_in_office_hours_and_a_blacklist_holds(store: Stor
         else:
             assert (outcome.answer, outcome.lines[0].rpartition("/")[0]) == (REJECT, f"Updating db: {shown}")
     assert {row[0] for row in store.rows()} == ({"news", "anna", "max"} if hours == "0-0" else set())
-
-
-ODD = "\x1b[31m\x07\x7f%s%n\t\u4f8b\u2028\u202e\x85\U0001f4a9\rupdating db: b"
-SHOWN = r"\x1b[31m\x07\x7f%s%n\t\u4f8b\u2028\u202e\x85\U0001f4a9\rupdating db: b"
 
 
 def test_the_lines_of_the_log_are_those_that_parsers_match(policyd: Start) -> None:
@@ -175,10 +175,6 @@ def test_the_lines_of_the_log_are_those_that_parsers_match(policyd: Start) -> No
             f"DEFERRING overquota (1500>1500) for user {SHOWN} using {SHOWN} from ip [{SHOWN}], queue_id={SHOWN}",
         ]
     ]
-
-
-QUOTA = 10
-BLACKLISTED = "HOLD blacklisted"
 
 
 def update(login: str, recipients: int, reached: int) -> str:
@@ -257,7 +253,7 @@ shapes = st.lists(st.tuples(st.integers(1, 80), st.sampled_from(LOGINS), st.inte
 own_quotas = st.dictionaries(st.sampled_from(LOGINS), st.sampled_from(["0", "1", "3", "20", "150", "400", "unlimited"]))
 
 
-@hypothesis_settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(default=st.integers(1, 20), more=st.none() | st.integers(0, 300), own=own_quotas, history=histories,
        shape=shapes, mixed=st.randoms(use_true_random=False))  # fmt: skip
 @example(1, None, {LOGINS[0]: "400"}, [(700, LOGINS[0], 1)], [(64, LOGINS[0], 1), (64, LOGINS[1], 1)], random.Random(1))
@@ -323,9 +319,6 @@ def test_an_audit_lets_all_pass_and_logs_what_would_have_been(policyd: Start) ->
     assert not (audit.statedir / "incidents.json").exists()
 
 
-HELP = "see https://help.example.org/quota; or write to <help@example.org>, \"100 %\", $(x) {sender} = '\\'"
-
-
 def test_a_sender_reads_the_message_and_mail_to_who_helps_is_delivered(postfix: Postfix, policyd: Start) -> None:
     """All of it, also the longest one that may be; that of held mail is in Postfix's log.  rcpt0 helps."""
     text = HELP.ljust(200, ".")
@@ -340,10 +333,6 @@ def test_a_sender_reads_the_message_and_mail_to_who_helps_is_delivered(postfix: 
     wait_until(lambda: f"quota exceeded; {text}" in postfix.log[before:], "Postfix has logged the message")
     wait_for_delivery(postfix, submit(postfix))
     daemon.wait_for_log("allowing mail to rcpt0@example.net: alice/alice@example.org/127.0.0.1/1")
-
-
-HELPDESK = "helpdesk@example.org"
-ALLOW = ("always_allow=HelpDesk@Example.ORG", "always_allow=postmaster@example.org")
 
 
 @on_stores("SQLite")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import configparser
 import dataclasses
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from daemons import running_here
-from servers import ROOT, program
-from stores import KeptLog, SQLiteStore, read_settings
+from asking import running_here
+from servers import ROOT, program, read_settings, run, write_settings
+from stores import KeptLog, SQLiteStore
 
 import policyd
 from policyd import Limits, Settings, Usage, decide
@@ -36,11 +35,11 @@ VERDICTS = [decide(usage, Limits(1500, 3000, 300, 5, 100, True)) for usage in ( 
     *(Usage(1, 1, frozenset([f"HOLD {rule}"])) for rule in ("blocked", "places", "newplace")),
 )]  # fmt: skip
 ANSWERS = {f"{verdict.action} {verdict.reason}" for verdict in VERDICTS} | {"HOLD blacklisted"}
+CODE = r"(?<=\n\n)(?: {4}.*\n|\n(?= {4}))+"
 
 
 def output_of(*arguments: object) -> str:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.check_output(command, stdin=subprocess.DEVNULL, text=True, timeout=60)
+    return run(sys.executable, *arguments, check=True).stdout
 
 
 def options_in(text: str) -> set[str]:
@@ -82,9 +81,6 @@ def test_each_line_of_the_example_is_accepted_and_shows_the_default() -> None:
     settings = read_settings(*(f"{key}={value}" for key, value in lines))
     assert settings.whitelist.line_of([], "2001:db8:25::1")
     assert settings.blacklist.line_of([], "198.51.100.255")
-
-
-CODE = r"(?<=\n\n)(?: {4}.*\n|\n(?= {4}))+"
 
 
 def test_both_readmes_have_the_same_sections_tables_and_commands_and_name_the_same_things() -> None:
@@ -135,9 +131,9 @@ def test_what_the_readme_shows_is_what_policyd_logs_and_policyd_admin_prints(tmp
     line = r"policyd\[\d+\]: DEFERRING (.*) for user \S+ using \S+ from ip \[\S+\], queue_id=\w+$"
     (shown,) = re.findall(line, README.read_text(), re.MULTILINE)
     assert shown in [verdict.said for verdict in VERDICTS]
-    file, store = tmp_path / "policyd.cfg", SQLiteStore(tmp_path / "events.sqlite3")
-    file.write_text(f"statedir={tmp_path}\n")
+    store = SQLiteStore(tmp_path / "events.sqlite3")
     store.add([("anna", "anna@example.org", "192.0.2.31", 2)], 0)
+    file = write_settings(tmp_path / "policyd.cfg", **store.settings)
     (heading,) = re.findall("^rank .*", output_of(ADMIN, "top", "-c", file), re.MULTILINE)
     assert f"\n    {heading.strip()}\n" in README.read_text()  # and so in the other language, which has the same
 
@@ -148,8 +144,7 @@ def section(name: str) -> str:
 
 
 def test_the_manual_page_is_in_order_and_has_every_setting_with_its_default_and_how_it_is_applied() -> None:
-    command = [program("mandoc", "mandoc"), "-T", "lint", "-W", "warning", str(PAGE)]
-    lint = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    lint = run(program("mandoc", "mandoc"), "-T", "lint", "-W", "warning", PAGE)
     assert (lint.returncode, lint.stdout, lint.stderr) == (0, "", "")
     items = re.findall(r"^\.It Ic (\w+)( No \+)? Ta (.+) Ta (reload|restart)$", section("SETTINGS"), re.MULTILINE)
     assert sorted(key for key, *_ in items) == sorted(FIELDS)
@@ -194,9 +189,8 @@ def test_the_manual_page_has_each_file_and_what_go_policyd_knows() -> None:
 
 
 def test_the_manual_page_has_each_metric_and_the_line_of_figures(tmp_path: Path, logged: KeptLog) -> None:
-    path = tmp_path / "policyd.cfg"
-    path.write_text(f"bind={tmp_path}/socket\nstatedir={tmp_path}\n")
-    with running_here(path) as here:
+    file = write_settings(tmp_path / "policyd.cfg", bind=tmp_path / "socket", statedir=tmp_path)
+    with running_here(file) as here:
         here._policy.figures.note("boris", "HOLD", is_audit=True)
         here.publish()
         names = set(re.findall("^(policyd_[a-z0-9_]+)", (tmp_path / "policyd.prom").read_text(), re.MULTILINE))

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 from collections.abc import Sequence
 from typing import Any, Callable, NamedTuple
 
 import pytest
-from asking import Outcome, Relay, forgive
-from hypothesis import HealthCheck, example, given
-from hypothesis import settings as hypothesis_settings
+from asking import Outcome, Relay
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from recorders import AWAY, BreakableRepository
-from servers import DUNNO, HOLD, Policyd
-from stores import DAY_S, KeptLog, SQLiteStore, Store, incident, on_stores
+from servers import DUNNO, HOLD, Start, numbers
+from stores import BreakableRepository, KeptLog, SQLiteStore, Store, incident, on_stores
 
-from policyd import RepositoryUnavailable, place_of
+from policyd import DAY_S, RepositoryUnavailable, Watch, place_of
 
 StartRelay = Callable[..., Relay]
-
-_numbers = itertools.count(1)
 
 MINUTE_S, HOUR_S = 60, 3600
 HOME = "10.0.0.1"
@@ -29,6 +24,7 @@ PLACES = "HOLD too many places"
 NEWPLACE = "HOLD too much from new places"
 on_indexed = on_stores("SQLite", "schema.sql", "go-policyd with an index")
 on_each = on_stores("SQLite", "schema.sql")
+YES, AUDIT, NO = (f"early_signs={each}" for each in ("yes", "audit", "no"))
 
 
 def at(place: int) -> str:
@@ -70,7 +66,7 @@ def send(relay: Relay, client_address: str, recipients: int = 1, login: str = "a
 
     Each has a sender of its own, which is not shown: two of one millisecond from one sender would be one row.
     """
-    sender = f"{next(_numbers)}@example.org"
+    sender = f"{next(numbers)}@example.org"
     message = {"sender": sender, "client_address": client_address, "recipient_count": recipients}
     answer, (counted, *lines) = relay.ask(login, **message)
     assert counted.startswith(f"Updating db: {login}/{sender}/{client_address}/{recipients}/")
@@ -142,6 +138,24 @@ def test_who_is_held_for_a_day_anyhow_is_not_swept(store: Store, start: StartRel
         add(store, MINUTE_S, *((f"64:ff9b::{20 + n:x}00:1", 1) for n in range(6)), login=login)
     start(finds=["Held by the sweep: overquot, places (6>5)"])
     assert len(incidents(store)) == 6
+
+
+@on_each
+def test_who_is_forgiven_while_a_sweep_looks_is_not_held_anew(
+    store: Store, start: StartRelay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add([incident("anna", "HOLD places")], MINUTE_S)
+    add(store, MINUTE_S, *((at(n), 1) for n in range(6)))
+    relay, ask = start(repository=store.repository), store.repository.ask
+
+    def forgiven_meanwhile(*words: Any) -> Any:
+        found = ask(*words)
+        if words[0] == Watch.HISTORY:
+            store.forgive("anna")
+        return found
+
+    monkeypatch.setattr(store.repository, "ask", forgiven_meanwhile)
+    assert (relay.sweep(), relay.told) == ([], [])
 
 
 SENT = {  # of the last hour, messages from where and with how many recipients; what becomes of one more
@@ -222,7 +236,7 @@ def test_who_was_forgiven_is_not_held_again_from_the_same_places(store: Store, s
     relay = start()
     wave = [PLACES, *[DUNNO] * 5][::-1]
     assert [send(relay, at(n)).answer for n in range(6)] == wave
-    forgive(store, "anna")
+    store.forgive("anna")
     assert send(relay, HOME, 50) == (DUNNO, [])
     assert [send(relay, at(n)).answer for n in range(6)] == [DUNNO] * 6
     assert relay.sweep() == []
@@ -243,9 +257,10 @@ def test_nothing_is_judged_before_the_third_day(store: Store, start: StartRelay,
     relay = start(finds=["Held by the sweep: anna, places (6>5)"] * is_judged)
     add(store, MINUTE_S, *[(at(1), 30)] * 5, login="dora")
     assert send(relay, at(1), login="dora").answer == (NEWPLACE if is_judged else DUNNO)
-
-
-YES, AUDIT, NO = (f"early_signs={each}" for each in ("yes", "audit", "no"))
+    store.clear()  # and with it the memory, though the daemon runs on
+    add(store, MINUTE_S, *[(at(n), 30) for n in range(8)], login="carl")
+    assert relay.sweep() == []
+    assert send(relay, at(9), login="carl").answer == DUNNO
 
 
 @on_stores("SQLite", "schema.sql", "go-policyd")
@@ -297,15 +312,29 @@ def test_an_audit_only_says_what_would_be_held(store: Store, start: StartRelay, 
 
 
 @on_stores("SQLite")
+@pytest.mark.parametrize("setting", [AUDIT, "hourquota=20"])
+def test_who_is_not_held_for_a_place_has_his_history_read_once(
+    store: Store, start: StartRelay, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    """And not with each message: it may be long, and all others wait meanwhile."""
+    at_home(store)
+    relay, asked, ask = start(setting, repository=store.repository), [], store.repository.ask
+    monkeypatch.setattr(store.repository, "ask", lambda *words: asked.append(words[0]) or ask(*words))
+    for n in range(12):
+        send(relay, at(n))
+    assert asked.count(Watch.HISTORY) == 1
+
+
+@on_stores("SQLite")
 def test_in_an_outage_only_known_incidents_hold_on(store: SQLiteStore, start: StartRelay) -> None:
     """Quotas work; afterwards all logins are swept, not only those that send then."""
     at_home(store)
     at_home(store, "dora")
     store.add([incident("carl", "HOLD places")], HOUR_S)
-    repository = BreakableRepository(str(store._path))
+    repository = BreakableRepository(store._path)
     relay = start("defaultquota=200", repository=repository)
     assert [send(relay, HOME, login=login).answer for login in ("carl", "dora")] == [PLACES, DUNNO]
-    repository.broken = AWAY
+    repository.broken = repository.AWAY
     for login, n in (("dora", 0), ("carl", 0), *(("anna", n) for n in range(10))):
         assert relay.ask(login, client_address=at(n)).answer == (PLACES if login == "carl" else DUNNO)
     assert relay.recorder.down_s() is not None
@@ -390,7 +419,7 @@ def by_the_book(past: list[Past], quota: int, most: int) -> tuple[str, str]:
 
 
 @on_each
-@hypothesis_settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 @given(past=pasts, client=st.sampled_from(CLIENTS), quota=st.sampled_from([10, 30, 60]), max_places=st.integers(0, 4))
 @example([Past(at(n), 20, 31 * MINUTE_S) for n in range(4)], at(4), 60, 1)
 @example([Past(at(n), 10, 29 * MINUTE_S) for n in range(4)], at(4), 60, 4)
@@ -421,7 +450,7 @@ def test_decisions_are_those_of_a_simple_computation(
 
 
 @on_each
-def test_the_daemon_sweeps_by_itself(store: Store, policyd: Callable[..., Policyd]) -> None:
+def test_the_daemon_sweeps_by_itself(store: Store, policyd: Start) -> None:
     """At its start already; a relay that was started together with others a little later."""
     add(store, 4 * DAY_S, ("192.0.2.1", 1), login="bert")
     add(store, MINUTE_S, *((at(n), 1) for n in range(6)))

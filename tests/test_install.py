@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -15,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import ROOT, end, program, wait_until
+from servers import ROOT, Result, end, executable, program, run, wait_until
 
 import policyd
-
-Result = subprocess.CompletedProcess[str]
 
 # Below the PREFIX, and where in this project it comes from; the unit is not among them.
 FILES = {
@@ -39,18 +36,13 @@ OLD_SCRIPTS = [f"/usr/local/sbin/policyd-{name}.sh" for name in ("user", "held",
 TASKS: list[list[str]] = [[], ["--remove"], ["--purge"]]
 FOREIGN_UNIT = "[Unit]\nDescription=Policyd go daemon for Postfix\n[Service]\nExecStart=/usr/local/bin/policyd\n"
 FOREIGN_PROGRAM = b"\x7fELF\0 go"
+INSTALL = "/project/scripts/install.sh"
 
 
 def succeeded(result: Result) -> str:
     """Return what was said by who had nothing to complain of."""
     assert (result.returncode, result.stderr) == (0, ""), result
     return result.stdout
-
-
-def executable(path: Path, text: str) -> Path:
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
 
 
 def refusal(result: Result) -> str:
@@ -63,8 +55,7 @@ def refusal(result: Result) -> str:
 def package(directory: Path) -> Path:
     """Make the package for Debian without a network, and by anybody; return it."""
     alone = [program("unshare", "util-linux"), "--net", *["--user", "--map-current-user"] * (os.geteuid() != 0)]
-    command = [*alone, str(ROOT / "scripts/build-deb.sh"), str(directory)]
-    said = succeeded(subprocess.run(command, capture_output=True, text=True, timeout=120))
+    said = succeeded(run(*alone, ROOT / "scripts/build-deb.sh", directory))
     made = directory / f"policyd_{policyd.__version__}_all.deb"
     assert said == f"Made: {made}\n"
     return made
@@ -114,11 +105,9 @@ class Machine:
         return Path(f"/proc/{self._process.pid}/root{path}")
 
     def run(self, *command: str, **environment: str) -> Result:
-        return subprocess.run(
-            [program("nsenter", "util-linux"), f"--target={self._process.pid}", "--mount", "--root", "--wd", *command],
-            env={"PATH": MACHINE_PATH, **environment}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=120,
-        )  # fmt: skip
+        inside = [program("nsenter", "util-linux"), f"--target={self._process.pid}", "--mount", "--root", "--wd"]
+        variables = (f"{name}={value}" for name, value in {"PATH": MACHINE_PATH, **environment}.items())
+        return run(*inside, "env", "-i", *variables, *command)
 
     def told(self) -> list[str]:
         """Return what systemd was told since the last time this was asked."""
@@ -146,9 +135,6 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     made = Machine(tmp_path)
     yield made
     end(made._process)  # with it all is gone that was written
-
-
-INSTALL = "/project/scripts/install.sh"
 
 
 def install(machine: Machine, *arguments: str, command: str = INSTALL, **environment: str) -> str:
@@ -323,10 +309,7 @@ def packaged(destination: Path, *arguments: str, script: Path = ROOT / "scripts/
     trap.mkdir(exist_ok=True)
     for name in ("systemctl", "useradd", "groupadd", "userdel", "chown", "python3"):
         executable(trap / name, f"#!/bin/sh\necho {name} was called >&2\nexit 99\n")
-    return subprocess.run(
-        [script, f"DESTDIR={destination}", *arguments], env={"PATH": f"{trap}:{os.environ['PATH']}"},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    return run(script, f"DESTDIR={destination}", *arguments, env={"PATH": f"{trap}:{os.environ['PATH']}"})
 
 
 def files_below(directory: Path) -> set[str]:
@@ -345,7 +328,7 @@ def test_a_packager_gets_the_files_and_nothing_else_is_touched(tmp_path: Path, p
     for name, source in sources.items():
         path, original = tree / name[1:], (ROOT / source).read_text()
         is_program = "bin/" in name
-        assert stat.S_IMODE(path.stat().st_mode) == (0o755 if is_program else 0o644), name
+        assert path.stat().st_mode & 0o777 == (0o755 if is_program else 0o644), name
         text = original if is_program else re.sub(r"/usr/local(?=/s?bin/policyd)", prefix, original)
         assert path.read_text() == text, name
     assert f"ExecStart={prefix}/bin/policyd\n" in path.read_text()
@@ -375,25 +358,23 @@ def test_a_wrong_call_is_refused_on_one_line_and_whoever_is_not_root(tmp_path: P
     with tempfile.TemporaryDirectory() as directory:
         shutil.copytree(ROOT / "scripts", Path(directory, "scripts"))
         os.chmod(directory, 0o755)
-        for task in ([], ["--remove"], ["--purge"]):
-            command = [f"{directory}/scripts/install.sh", *task]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=60, **nobody)
-            assert "only root" in refusal(result)
+        for task in TASKS:
+            assert "only root" in refusal(run(f"{directory}/scripts/install.sh", *task, **nobody))
 
 
 def test_the_package_has_the_files_of_install_sh_and_what_debian_asks_for(tmp_path: Path) -> None:
     made, tool = package(tmp_path), program("dpkg-deb", "dpkg")
-    fields, listed = (subprocess.check_output([tool, what, made], text=True) for what in ("--field", "--contents"))
+    fields, listed = (succeeded(run(tool, what, made)) for what in ("--field", "--contents"))
     assert f"\nVersion: {policyd.__version__}\n" in fields
     assert "\nRecommends: python3-pymysql\n" in fields
     assert {line.split()[1] for line in listed.splitlines()} == {"root/root"}
-    subprocess.run([tool, "--raw-extract", made, tmp_path / "tree"], check=True)
+    run(tool, "--raw-extract", made, tmp_path / "tree", check=True)
     expected = {*FILES, "lib/systemd/system/policyd.service", "share/doc/policyd/copyright"}
     expected |= {"share/doc/policyd/changelog.gz", "share/man/man8/policyd.8.gz"}
     assert files_below(tmp_path / "tree/usr") >= expected - {"share/man/man8/policyd.8"}
     assert not (tmp_path / "tree/etc").exists()  # so no question about settings stops an installation
     scripts = [tmp_path / "tree/DEBIAN" / name for name in ("postinst", "prerm", "postrm")]
-    subprocess.run([program("shellcheck", "shellcheck"), "-s", "sh", *scripts], check=True)
+    run(program("shellcheck", "shellcheck"), "-s", "sh", *scripts, check=True)
 
 
 def test_the_dashboard_shows_every_metric_and_no_other() -> None:
@@ -407,7 +388,6 @@ def test_the_dashboard_shows_every_metric_and_no_other() -> None:
 
 UNIT_TEXT = (ROOT / "unit.service").read_text()
 LINES = [line for line in UNIT_TEXT.splitlines() if re.match(r"[A-Z]\w+=", line)]
-KEYS = {line.partition("=")[0] for line in LINES}
 SAYS = [
     "Type=notify", "User=policyd", "Group=policyd", "StateDirectory=policyd", "ExecStart=/usr/local/bin/policyd",
     "Restart=always", "RestartSec=1", "RestartPreventExitStatus=78", "StartLimitIntervalSec=0", "LimitNOFILE=4096",
@@ -419,10 +399,9 @@ LACKS = {"Requires", "Requisite", "BindsTo", "Wants", "IPAddressDeny", "PrivateN
          "NoExecPaths"}  # fmt: skip
 
 
-def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
+def analyze(*arguments: str) -> Result:
     """Run systemd-analyze, which needs no running systemd for what is asked here."""
-    command = [program("systemd-analyze", "systemd"), *arguments]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    return run(program("systemd-analyze", "systemd"), *arguments)
 
 
 def test_the_exposure_is_at_most_2_and_systemd_finds_no_mistake(tmp_path: Path) -> None:
@@ -439,7 +418,7 @@ def test_the_exposure_is_at_most_2_and_systemd_finds_no_mistake(tmp_path: Path) 
 
 def test_the_unit_says_what_policyd_needs_and_nothing_that_is_in_its_way() -> None:
     assert [line for line in SAYS if line not in LINES] == []
-    assert not LACKS & KEYS
+    assert not LACKS & {line.partition("=")[0] for line in LINES}
     # A reload tries the settings before the daemon reads them.
     reload = [line.partition("=")[2] for line in LINES if line.startswith("ExecReload=")]
     assert reload == ["/usr/local/bin/policyd --check-settings", "/bin/sh -c 'kill -HUP $MAINPID'"]

@@ -1,63 +1,195 @@
-"""The outage journal: what the store cannot take is kept, still counts, and is replayed with its own time.
+"""The Recorder, which always has an answer, and its journal: what the store cannot take is kept, counts, is replayed.
 
-What several faults at once do to it is in test_simulation.py.
+What several faults at once do to them, and what becomes of a batch when time runs out, is in test_simulation.py.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from daemons import BEGINS
-from recorders import AWAY, BreakableRepository, ByHand, is_well
-from stores import Clock, KeptLog, MariaStore, count, event, global_variable, incident, on_stores, soon
+from asking import BEGINS, tell
+from servers import wait_until
+from stores import GENEROUS, BreakableRepository, Clock, KeptLog, MariaStore, count, event, incident, on_stores, soon
 
-from policyd import DAY_S, HOUR_S, LAST_KNOWN_LOGINS, NOTHING, Event, Journal, LastKnown, SQLiteRepository, Usage
+from policyd import BATCH_EVENTS, DAY_S, HOUR_S, NOTHING, Event, Journal, LastKnown, Recorder, SQLiteRepository, Usage
 
 ENDS = f"{BEGINS}over after "
+PATIENCE_S = 20  # for what comes at once, unless the machine is very busy
+TIME_ZONES = {"summer to winter": (7200, 3600), "winter to summer": (3600, 7200)}
+
+
+class Waiter:
+    """Whoever records an event and waits for its sum; `answers` are those told so far: one, if all is well."""
+
+    def __init__(self, recorder: Recorder, recorded: Event) -> None:
+        self.answers: list[int | None] = []
+        recorder.record(recorded, lambda usage: self.answers.append(usage and usage.recipients))
+
+    def sum(self) -> int | None:
+        """Wait for the answer and return it."""
+        return wait_until(lambda: self.answers, "an answer", PATIENCE_S)[0]
+
+
+class ByHand:
+    """A Recorder and its journal, driven step by step: no threads, and a clock that is set."""
+
+    def __init__(self, repository: BreakableRepository, path: Path) -> None:
+        self.clock = repository.clock
+        self.journal = Journal(SQLiteRepository(str(path), self.clock), self.clock)
+        self.recorder = Recorder(repository, self.journal, GENEROUS, self.clock)
+        self.recorder.look_for_store()
+
+    def sums(self, *events: Event) -> list[int | None]:
+        """Record the events, which come in one batch, and return the sums that are told."""
+        waiters = [Waiter(self.recorder, each) for each in events]
+        self.turn()
+        return [answer for (answer,) in (waiter.answers for waiter in waiters)]
+
+    def turn(self) -> bool:
+        """Do what the threads of the recorder and of the teller do once; return whether a slice was moved."""
+        has_moved = self.recorder.turn()
+        tell(self.recorder)
+        return has_moved
+
+    def minute(self) -> None:
+        """Let a minute pass, after which the journal is looked at; then look for the store and replay all."""
+        self.clock.now += 60
+        self.turn()
+        if self.recorder.down_s() is not None:
+            self.recorder.look_for_store()
+        while self.turn():
+            pass
+
+    def end(self) -> None:
+        """What the end of the process does."""
+        self.recorder.finish()
+        self.journal.close()
+
+
+@contextlib.contextmanager
+def recording(repository: BreakableRepository, journal: Path) -> Iterator[Recorder]:
+    """Run a Recorder with its threads."""
+    recorder = Recorder(repository, Journal(SQLiteRepository(str(journal))), GENEROUS)
+    recorder.start()
+    recorder.looked.wait(PATIENCE_S)
+    try:
+        yield recorder
+    finally:
+        recorder.stop(PATIENCE_S)
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "later" / "journal.sqlite3"
+    """Where the journal is."""
+    return tmp_path / "journal.sqlite3"
 
 
 @pytest.fixture
-def clock() -> Clock:
-    """The time of all that is driven by hand."""
-    return Clock()
+def breakable(tmp_path: Path) -> BreakableRepository:
+    """An embedded store; its time, which is that of all that is driven by hand, begins now."""
+    return BreakableRepository(tmp_path / "events.sqlite3", Clock(time.time()))
 
 
-@pytest.fixture
-def breakable(tmp_path: Path, clock: Clock) -> BreakableRepository:
-    return BreakableRepository(str(tmp_path / "events.sqlite3"), clock)
+def test_all_that_waits_is_committed_together_up_to_the_limit(
+    breakable: BreakableRepository, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand, batches, insert, number = ByHand(breakable, path), [], breakable.insert, 2 * BATCH_EVENTS + 88
+    monkeypatch.setattr(breakable, "insert", lambda events, *rest: batches.append(len(events)) or insert(events, *rest))
+    waiters = [Waiter(hand.recorder, event("anna")) for _ in range(number)]
+    for _ in range(3):
+        hand.turn()
+    assert [waiter.answers for waiter in waiters] == [[n] for n in range(1, number + 1)]
+    assert batches == [BATCH_EVENTS, BATCH_EVENTS, 88]
+
+
+def test_the_end_does_not_wait_for_ever(
+    breakable: BreakableRepository, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, waiting = threading.Event(), threading.Event()
+    monkeypatch.setattr(breakable, "insert", lambda *_: waiting.set() or (gate.wait(PATIENCE_S) and set()))
+    with recording(breakable, path) as recorder:
+        first = Waiter(recorder, event("anna"))
+        assert waiting.wait(PATIENCE_S)
+        recorder.stop(0.05)
+        assert first.answers == []
+        gate.set()
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_a_store_that_is_away_delays_the_end_not(
+    breakable: BreakableRepository, path: Path, logged: KeptLog, comes_back: bool
+) -> None:
+    """Nor does one that is found in this very moment."""
+    breakable.broken = frozenset(("check",))
+    with recording(breakable, path) as recorder:
+        assert Waiter(recorder, event("anna", 3)).sum() == 3
+        if comes_back:
+            breakable.broken = frozenset()
+        began = time.monotonic()
+        recorder.stop(PATIENCE_S)
+        assert time.monotonic() - began < PATIENCE_S / 2
+        assert not any(thread.is_alive() for thread in recorder.threads)
+    left = Journal(SQLiteRepository(str(path)))
+    left.look()
+    assert left.waiting + breakable.count() == 1
+
+
+def test_a_fault_of_one_who_is_told_harms_no_other(breakable: BreakableRepository, path: Path, logged: KeptLog) -> None:
+    told: list[Usage | None] = []
+
+    def stumble(usage: Usage | None) -> None:
+        told.append(usage)
+        if usage:
+            raise ValueError("a fault of ours")
+
+    hand = ByHand(breakable, path)
+    before = Waiter(hand.recorder, event("anna"))
+    hand.recorder.record(event("anna"), stumble)
+    after = Waiter(hand.recorder, event("anna"))
+    hand.turn()
+    assert [before.answers, after.answers] == [[1], [3]]
+    assert told[1:] == [None]  # so that the client has an answer
+    assert hand.sums(event("anna")) == [4]
+    (error,) = logged.errors()
+    assert "a fault of ours" in error
+
+
+@pytest.mark.usefixtures("no_delay")
+@pytest.mark.parametrize("faulty", ["insert", "usages", "check"])
+def test_a_fault_in_the_store_leaves_nobody_without_an_answer_and_does_not_end_the_search(
+    breakable: BreakableRepository, path: Path, logged: KeptLog, faulty: str
+) -> None:
+    breakable.fault, breakable.broken = ValueError, frozenset([faulty])
+    with recording(breakable, path) as recorder:
+        assert [Waiter(recorder, event("anna")).sum() for _ in range(3)] == [1, 2, 3]
+        breakable.broken = frozenset()
+        wait_until(lambda: logged.errors()[-1].startswith(ENDS), "it is looked for and found")
+        assert Waiter(recorder, event("anna")).sum() == 4
+    assert breakable.count() == 4
+    assert all(f"ValueError: {faulty} is broken" in error for error in logged.errors() if "over after" not in error)
+    assert "Traceback" in logged.errors()[0]
 
 
 def filled(path: Path, clock: Clock, *events: Event) -> Journal:
     """Return a journal of an earlier outage."""
-    path.parent.mkdir(exist_ok=True)
     journal = Journal(SQLiteRepository(str(path), clock), clock)
     journal.look()
     journal.insert(events)
     return journal
 
 
-def times(repository: SQLiteRepository) -> list[tuple[int, str, int | None]]:
-    """Return time, login and recipients of all events of an embedded store or a journal, in order of arrival."""
-    return [(ts, each.sasl_username, each.recipient_count) for _, ts, each in repository.first()]
-
-
 @pytest.mark.parametrize("instead", ["a directory", "no database"])
-def test_unreadable_is_not_empty(
-    path: Path, clock: Clock, breakable: BreakableRepository, logged: KeptLog, instead: str
-) -> None:
+def test_unreadable_is_not_empty(path: Path, breakable: BreakableRepository, logged: KeptLog, instead: str) -> None:
     """The outage is not over while the file may hold events; they count and go to the store once it can be read."""
-    filled(path, clock, event("anna", 1500)).close()
+    filled(path, breakable.clock, event("anna", 1500)).close()
     aside = path.rename(path.with_name("aside"))
     path.mkdir() if instead == "a directory" else path.write_text("what a restore has left\n" * 99)
-    hand = ByHand(breakable, path, clock)
+    hand = ByHand(breakable, path)
     assert hand.sums(event("anna")) == [1]
     hand.minute()
     assert not hand.journal.is_empty()
@@ -66,7 +198,7 @@ def test_unreadable_is_not_empty(
     aside.rename(path)
     hand.minute()
     assert hand.sums(event("anna")) == [1502]
-    assert is_well(hand.recorder)
+    assert (hand.recorder.down_s(), hand.journal.waiting) == (None, 0)
     assert breakable.count() == 3
 
 
@@ -89,7 +221,7 @@ def test_what_is_known_of_a_login_grows_and_is_forgotten_when_its_time_is_over()
 
 def test_the_last_100_000_logins_are_known() -> None:
     known = LastKnown()
-    for n in range(LAST_KNOWN_LOGINS):
+    for n in range(100_000):
         known.put(f"user{n}", Usage(5), 0)
     known.put("user0", Usage(6), 0)
     known.put("one more", Usage(7), 0)
@@ -98,11 +230,11 @@ def test_the_last_100_000_logins_are_known() -> None:
 
 
 def test_an_outage_is_one_error_at_the_beginning_and_one_at_the_end(
-    path: Path, clock: Clock, breakable: BreakableRepository, logged: KeptLog
+    path: Path, breakable: BreakableRepository, logged: KeptLog
 ) -> None:
     """However often the store says that it is ready, and refuses; or fails in the replay."""
-    filled(path, clock)
-    hand = ByHand(breakable, path, clock)
+    filled(path, breakable.clock)
+    hand = ByHand(breakable, path)
     for n in range(2):
         logged.lines.clear()
         breakable.broken = frozenset(["insert"])
@@ -122,11 +254,10 @@ def replay_all(journal: Journal, store: MariaStore) -> None:
 
 
 @on_stores("schema.sql", "go-policyd")
-def test_mariadb_gets_the_original_times_to_the_millisecond(path: Path, clock: Clock, store: MariaStore) -> None:
+def test_mariadb_gets_the_original_times_to_the_millisecond(path: Path, store: MariaStore) -> None:
     """Those of one millisecond are moved apart by one, or add up; go-policyd's table does not move them."""
-    begin = int(time.time()) - HOUR_S
+    begin, clock, expected = int(time.time()) - HOUR_S, Clock(), []
     journal = filled(path, clock)
-    expected = []
     for n, ms in enumerate((1, 3, 499, 501, 999)):
         clock.now = begin + n + ms / 1000 + 0.0001
         journal.insert([event("anna", 1), event("bert", 2)])
@@ -142,16 +273,13 @@ def test_mariadb_gets_the_original_times_to_the_millisecond(path: Path, clock: C
 
 
 @on_stores("schema.sql", "go-policyd")
-def test_a_relay_whose_clock_is_ahead_holds_nobody_for_a_month(path: Path, clock: Clock, store: MariaStore) -> None:
+def test_a_relay_whose_clock_is_ahead_holds_nobody_for_a_month(path: Path, store: MariaStore) -> None:
     """What it has journaled is of now, at the latest."""
-    clock.now = time.time() + 30 * DAY_S
+    clock = Clock(time.time() + 30 * DAY_S)
     replay_all(filled(path, clock, event("anna", 3), event("anna", 4), incident("anna", "HOLD overquota")), store)
     ahead, lately = "SUM(ts > NOW(3))", "SUM(ts > NOW(3) - INTERVAL 1 MINUTE)"
     assert store.database.query(f"SELECT COUNT(*), {ahead}, {lately} FROM events") == [(3, 0, 3)]
     assert count(store.repository, event("anna", 1)) == [8]
-
-
-TIME_ZONES = {"summer to winter": (7200, 3600), "winter to summer": (3600, 7200)}
 
 
 @pytest.fixture
@@ -167,7 +295,7 @@ def clocks_changed(request: pytest.FixtureRequest, store: MariaStore) -> Iterato
         summer = offset == 7200
         query("INSERT INTO mysql.time_zone_transition_type VALUES (%s, %s, %s, %s, '')", (number, kind, offset, summer))
         query("INSERT INTO mysql.time_zone_transition VALUES (%s, %s, %s)", (number, changed * kind, kind))
-    with global_variable(store.database, "time_zone", zone):
+    with store.database.variable("time_zone", zone):
         yield changed
 
 
@@ -198,11 +326,11 @@ def test_in_the_night_of_the_clock_change_nothing_is_lost(path: Path, store: Mar
 
 @pytest.mark.parametrize("is_restarted", [False, True], ids=["goes on", "started again"])
 def test_a_journal_that_has_filled_the_disk_by_itself_is_moved_all_the_same(
-    disk: Path, clock: Clock, breakable: BreakableRepository, logged: KeptLog, is_restarted: bool
+    disk: Path, breakable: BreakableRepository, logged: KeptLog, is_restarted: bool
 ) -> None:
     """Without any room nothing can be deleted from it: some is kept for that."""
-    hand = ByHand(breakable, disk / "journal.sqlite3", clock)
-    breakable.broken = AWAY
+    hand = ByHand(breakable, disk / "journal.sqlite3")
+    breakable.broken = breakable.AWAY
     sent = [event(f"login{n}") for n in range(20_000)]
     answered = 0
     while hand.journal.place != "memory" and answered < len(sent):
@@ -212,25 +340,41 @@ def test_a_journal_that_has_filled_the_disk_by_itself_is_moved_all_the_same(
     if is_restarted:  # which forgets what is in memory
         waiting -= len(hand.journal.kept)
         hand.end()
-        hand = ByHand(breakable, disk / "journal.sqlite3", clock)
+        hand = ByHand(breakable, disk / "journal.sqlite3")
     breakable.broken = frozenset()
     hand.minute()
     assert hand.journal.is_empty()
-    assert sorted(login for _, login, _ in times(breakable)) == sorted(each[0] for each in sent[:waiting])
+    assert sorted(each.sasl_username for _, _, each in breakable.first()) == sorted(each[0] for each in sent[:waiting])
     hand.end()
 
 
-def test_a_journal_that_is_moved_onto_the_open_one_is_replayed_beside_it(
-    tmp_path: Path, clock: Clock, breakable: BreakableRepository, logged: KeptLog
-) -> None:
-    path = tmp_path / "journal.sqlite3"
-    filled(tmp_path / "restored", clock, *(event(f"restored{n}") for n in range(7))).close()
-    hand = ByHand(breakable, path, clock)
-    breakable.broken = AWAY
-    hand.usages(*(event(f"waiting{n}") for n in range(10)))
-    (tmp_path / "restored").replace(path)
-    hand.usages(event("next"))
-    breakable.broken = frozenset()
-    hand.minute()
-    assert breakable.count() == 10 + 7 + 1
-    hand.end()
+def test_what_was_moved_is_not_moved_again_when_its_disk_goes_and_comes_back(path: Path) -> None:
+    """Also where it could not be deleted for want of room."""
+    clock = Clock()
+    filled(path, clock, event("anna"), event("boris")).close()
+    file = SQLiteRepository(str(path), clock)
+    file.ask("PRAGMA application_id = 2", {})  # by which the file says so
+    journal = Journal(file, clock)
+    journal.look()
+    aside = path.parent.rename(path.parent.with_name("aside"))
+    journal.look()
+    assert journal.trouble
+    aside.rename(path.parent)
+    journal.look()
+    assert (journal.waiting, journal.trouble) == (0, "")
+    journal.close()
+
+
+def test_a_journal_out_of_our_reach_is_not_gone(path: Path, logged: KeptLog) -> None:
+    """What waits in it stays there, where it survives a crash, and is not taken into memory."""
+    clock = Clock()
+    journal = filled(path, clock, event("anna", 5))
+    aside = path.parent.rename(path.parent.with_name("aside"))
+    path.parent.symlink_to(path.parent)  # even root cannot follow that
+    journal.look()
+    journal.insert([event("boris")])
+    assert (journal.waiting, [each.sasl_username for _, _, each in journal.kept]) == (2, ["boris"])
+    path.parent.unlink()
+    aside.rename(path.parent)
+    journal.close()
+    assert [each.sasl_username for _, _, each in SQLiteRepository(str(path), clock).first()] == ["anna"]

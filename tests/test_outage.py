@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from daemons import BACK_S, BEGINS, ENDS, Load, end_of_outage, errors
-from servers import DUNNO, HOLD, REJECT, Database, LogLine, MariaDB, Policyd, run_policyd, wait_until
-from stores import Door, global_variable, sessions, table_locked
+from asking import BACK_S, BEGINS, ENDS, Load, end_of_outage, errors
+from servers import DUNNO, HOLD, REJECT, Database, LogLine, Policyd, Start, run_policyd, wait_until
+from stores import Door
 
 from policyd import SQLiteRepository
 
 pytestmark = pytest.mark.mariadb
-
-Start = Callable[..., Policyd]
 
 QUOTA = 10
 CLIENTS = 8
@@ -99,17 +97,15 @@ def recipients_in(directory: Path) -> Counter[str]:
     return found
 
 
-def test_a_server_that_dies_under_load_costs_no_answer_and_no_count(
-    mariadb: MariaDB, database: Database, daemon: Policyd
-) -> None:
+def test_a_server_that_dies_under_load_costs_no_answer_and_no_count(database: Database, daemon: Policyd) -> None:
     with Load([daemon], CLIENTS) as load:
         load.wait_for_more(200)
-        mariadb.kill()
+        database.server.kill()
         began = time.monotonic()
         load.wait_for_more(200)
         assert_quotas_hold(daemon)
         killed_until = time.time()
-        mariadb.start()
+        database.server.start()
         load.wait_for_more(200)
         moved = end_of_outage(daemon)
         load.wait_for_more(200)
@@ -128,15 +124,15 @@ def test_a_server_that_dies_under_load_costs_no_answer_and_no_count(
 
 @pytest.mark.parametrize("missing", ["server", "table"])
 def test_what_is_not_there_at_the_start_is_named_and_used_when_it_comes(
-    policyd: Start, mariadb: MariaDB, database: Database, missing: str
+    policyd: Start, database: Database, missing: str
 ) -> None:
-    mariadb.stop() if missing == "server" else database.query("DROP TABLE events")
+    database.server.stop() if missing == "server" else database.query("DROP TABLE events")
     daemon = policyd(defaultquota=QUOTA, **database.settings())  # waits for READY=1
     begin = begin_of(daemon).text  # told before the first message comes, as in the status
     assert ("there is no table events" if missing == "table" else "refused") in begin
     assert_quota_is_met_at_once(daemon)
     mended = time.time()
-    mariadb.ensure_running()
+    database.server.ensure_running()
     made = run_policyd("--init-db", "-c", str(daemon.settings_file))
     assert made.returncode == 0, made
     assert replayed(daemon, QUOTA)
@@ -145,10 +141,8 @@ def test_what_is_not_there_at_the_start_is_named_and_used_when_it_comes(
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
-def test_what_the_journal_holds_survives_the_daemon(
-    mariadb: MariaDB, database: Database, daemon: Policyd, ending: int
-) -> None:
-    mariadb.kill()
+def test_what_the_journal_holds_survives_the_daemon(database: Database, daemon: Policyd, ending: int) -> None:
+    database.server.kill()
     assert_quotas_hold(daemon)
     daemon.signal(ending)
     assert daemon.process.wait(END_S) == (0 if ending == signal.SIGTERM else -ending)
@@ -158,7 +152,7 @@ def test_what_the_journal_holds_survives_the_daemon(
     assert ask_in_time(daemon, FIRST_ANSWER_S) == HOLD
     assert_sum(daemon, "during", QUOTA + 1)
     mended = time.time()
-    mariadb.start()
+    database.server.start()
     assert replayed(daemon, EVENTS + 1)
     table = recipients(database, mended)
     assert table["during"] == QUOTA + 1
@@ -170,17 +164,17 @@ def drop_user(mended: contextlib.ExitStack, database: Database, _: Door) -> None
     user, away = f"'{database.server.user}'@'127.0.0.1'", "'away'@'127.0.0.1'"
     database.query(f"RENAME USER {user} TO {away}")
     mended.callback(database.query, f"RENAME USER {away} TO {user}")
-    for number, *_ in sessions(database):
+    for number, *_ in database.sessions():
         database.query(f"KILL {number}")
-    wait_until(lambda: not sessions(database), "its sessions are gone")
+    wait_until(lambda: not database.sessions(), "its sessions are gone")
 
 
 # How it begins; what the log says of it; and how many messages may be there twice: the server may have them after all.
 @pytest.mark.parametrize(("begin", "words", "late"), [
     (lambda mended, database, _: (database.server.freeze(), mended.callback(database.server.thaw)), "", 1),
     (lambda mended, _, door: (setattr(door, "is_deaf", True), mended.callback(setattr, door, "is_deaf", False)), "", 0),
-    (lambda mended, database, _: mended.enter_context(table_locked(database)), "1969|1205|3024", 0),  # ended by itself
-    (lambda mended, database, _: mended.enter_context(global_variable(database, "read_only", 1)), "1290", 0),
+    (lambda mended, database, _: mended.enter_context(database.table_locked()), "1969|1205|3024", 0),  # ended by itself
+    (lambda mended, database, _: mended.enter_context(database.variable("read_only", 1)), "1290", 0),
     (lambda mended, database, _: (database.query("RENAME TABLE events TO away"),
                                   mended.callback(database.query, "RENAME TABLE away TO events")), "1146", 0),
     (drop_user, "1045|2013", 0),
@@ -188,8 +182,8 @@ def drop_user(mended: contextlib.ExitStack, database: Database, _: Door) -> None
 def test_whatever_the_server_does_the_quotas_hold_and_all_is_there_in_the_end(
     policyd: Start, database: Database, begin: Callable[..., Any], words: str, late: int
 ) -> None:
-    door = Door(database.server.host, database.server.port)
-    daemon = with_held_login(policyd(defaultquota=QUOTA, **{**database.settings(), "dbport": str(door.port)}))
+    door = Door(database.server)
+    daemon = with_held_login(policyd(defaultquota=QUOTA, **database.settings(dbport=door.port)))
     with contextlib.ExitStack() as mended:
         begin(mended, database, door)
         assert re.search(words, assert_quotas_hold(daemon).text)
@@ -203,7 +197,7 @@ def test_whatever_the_server_does_the_quotas_hold_and_all_is_there_in_the_end(
     assert_quota_is_met_at_once(daemon, "after")
     assert len(errors(daemon)) == 2
     daemon.stop()
-    door.shut()
+    door.server_close()
 
 
 class NameServer(socketserver.BaseRequestHandler):
@@ -232,12 +226,12 @@ def name_server() -> Iterator[str]:
 
 
 def test_names_that_nobody_resolves_delay_neither_the_start_nor_the_end_and_one_answer_at_most(
-    policyd: Start, mariadb: MariaDB, database: Database, name_server: str, tmp_path: Path
+    policyd: Start, database: Database, name_server: str, tmp_path: Path
 ) -> None:
     NameServer.is_deaf = True
     file = tmp_path / "resolv.conf"  # a look-up that fails takes 5 s for each name
     file.write_text(f"nameserver {name_server}\noptions timeout:1 attempts:5\n")
-    settings = {**database.settings(), "dbhost": "db1.example.org, db2.example.org"}
+    settings = database.settings(dbhost="db1.example.org, db2.example.org")
     daemon = policyd(defaultquota=QUOTA, mounts=f"mount --bind {file} /etc/resolv.conf || exit", **settings)
     assert ask_in_time(daemon, FIRST_ANSWER_S, "first") == DUNNO
     assert_quota_is_met_at_once(daemon)
@@ -253,23 +247,23 @@ def test_names_that_nobody_resolves_delay_neither_the_start_nor_the_end_and_one_
     before = len(errors(daemon))
     assert daemon.ask(sasl_username="again") == DUNNO  # who is known need not be asked for
     assert len(errors(daemon)) == before
-    mariadb.kill()
+    database.server.kill()
     assert ask_in_time(daemon, FIRST_ANSWER_S) == HOLD
     assert len(errors(daemon)) == before + 1
     assert_quota_is_met_at_once(daemon, "again", used=1)
     NameServer.is_deaf = False
-    mariadb.start()
+    database.server.start()
     daemon.wait_for_log(ENDS, BACK_S, count=2)
     assert recipients(database) == {"during": QUOTA + 1, "first": 1, "again": QUOTA}
 
 
 @pytest.mark.parametrize("database_comes", ["never", "while the disk is full"])
 def test_a_full_disk_leaves_counting_to_the_memory(
-    policyd: Start, mariadb: MariaDB, database: Database, disk: Path, database_comes: str
+    policyd: Start, database: Database, disk: Path, database_comes: str
 ) -> None:
     """What is in the file still counts, and the file is used again once there is room; nothing is counted twice."""
     daemon = with_held_login(policyd(defaultquota=QUOTA, statedir=disk, **database.settings()))
-    mariadb.kill()
+    database.server.kill()
     assert [ask_in_time(daemon, FIRST_ANSWER_S) for _ in range(QUOTA // 2)] == [DUNNO] * (QUOTA // 2)
     begin_of(daemon)
     with contextlib.suppress(OSError), (disk / "ballast").open("ab", buffering=0) as file:  # No space left
@@ -281,14 +275,14 @@ def test_a_full_disk_leaves_counting_to_the_memory(
     assert complaint.startswith(f"no outage journal: {daemon.statedir}/journal.sqlite3: ")
     assert complaint.endswith(" full; in an outage events are counted in memory only")
     if database_comes != "never":
-        mariadb.start()
+        database.server.start()
         wait_until(lambda: recipients(database)["held"] == QUOTA + 1, "what was in memory is in the table", BACK_S)
         assert ask_in_time(daemon, FIRST_ANSWER_S) == HOLD
         assert_sum(daemon, "during", QUOTA + 1)
     (disk / "ballast").unlink()
     assert daemon.stop() == 0
     daemon.wait_for_log("can be used again")  # at the end it is looked at once more
-    mariadb.ensure_running()
+    database.server.ensure_running()
     left = recipients_in(disk)
     assert recipients(database)["during"] + left["during"] == QUOTA + (database_comes != "never")
     assert recipients(database)["held"] + left["held"] == QUOTA + 1

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 import smtplib
 from collections.abc import Iterator
-from typing import Callable
 
 import pytest
 from asking import ask, complaints, send, status, submit, wait_for_delivery
-from servers import DUNNO, POSTFIX_MAIN_CF, POSTFIX_MASTER_CF, Policyd, Postfix, free_port, wait_until
+from servers import DUNNO, Policyd, Postfix, Start, wait_until
 from stores import SQLiteStore
 
 QUOTA = 3
-Start = Callable[..., Policyd]
 
 
 @pytest.fixture
@@ -84,42 +82,9 @@ def test_a_session_is_asked_about_on_one_connection(postfix: Postfix, daemon: Po
             assert re.match(f"{number} requests: .*; 1 connections; ", status(daemon).text)
 
 
-# One that hands all mail to a filter before it is queued: another smtpd, as it stands behind many a content filter.
-# One that believes its clients where they come from, on a host that has IPv6 only.
-OTHER_DOORS = """
-127.0.0.1:{proxied_port} inet n - n - - smtpd
-  -o smtpd_proxy_filter=127.0.0.1:{filter_port}
-  -o {{ smtpd_end_of_data_restrictions = check_policy_service {{ {tcp}, timeout=10s, default_action=DUNNO }} }}
-127.0.0.1:{filter_port} inet n - n - - smtpd
-  -o smtpd_sasl_auth_enable=no
-  -o mynetworks=127.0.0.1 -o {{ smtpd_relay_restrictions = permit_mynetworks, reject }}
-[::1]:{ipv6_port} inet n - n - - smtpd
-  -o inet_protocols=ipv6 -o inet_interfaces=all
-  -o smtpd_authorized_xclient_hosts=[::1]
-  -o {{ smtpd_end_of_data_restrictions = check_policy_service {{ inet:[::1]:{policy_port}, timeout=10s }} }}
-"""
-
-
-class OtherPostfix(Postfix):
-    main_cf = POSTFIX_MAIN_CF.replace("inet_protocols = ipv4", "inet_protocols = all")
-    master_cf = POSTFIX_MASTER_CF + OTHER_DOORS
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proxied_port, self.filter_port, self.ipv6_port = (free_port() for _ in range(3))
-
-
-@pytest.fixture(scope="module")
-def other_postfix() -> Iterator[OtherPostfix]:
-    with OtherPostfix() as server:
-        server.start()
-        yield server
-
-
-@pytest.mark.postfix
-def test_where_postfix_cannot_hold_mail_it_is_refused(other_postfix: OtherPostfix, policyd: Start) -> None:
+def test_where_postfix_cannot_hold_mail_it_is_refused(postfix: Postfix, policyd: Start) -> None:
     """Behind smtpd_proxy_filter HOLD does nothing: a thief would be served.  Whoever runs it is told where to ask."""
-    postfix = other_postfix
+    postfix.delete("ALL")
     daemon = policyd(port=postfix.policy_port, defaultquota=QUOTA, blacklist="boris")
     delivered = submit(postfix, postfix.proxied_port, recipients=QUOTA - 1)
     wait_for_delivery(postfix, delivered)
@@ -157,18 +122,17 @@ def test_a_message_without_a_queue_id_is_refused_and_warned_of_once_a_minute(pol
     assert "smtpd_proxy_filter" in warning
 
 
-@pytest.mark.postfix
-def test_with_ipv6_only_ipv4_clients_are_their_ipv4_address(other_postfix: OtherPostfix, policyd: Start) -> None:
+def test_with_ipv6_only_ipv4_clients_are_their_ipv4_address(postfix: Postfix, policyd: Start) -> None:
     """On lists of IPv4 networks; asked over IPv6, as on a host without IPv4."""
-    daemon = policyd(bind="::1", port=other_postfix.policy_port, blacklist="198.18.0.0/15")
+    daemon = policyd(bind="::1", port=postfix.policy_port, blacklist="198.18.0.0/15")
     for client_address in ("::ffff:198.18.9.7", "64:ff9b::c612:907"):
-        with smtplib.SMTP("::1", other_postfix.ipv6_port, timeout=60) as session:
+        with smtplib.SMTP("::1", postfix.ipv6_port, timeout=60) as session:
             session.ehlo("proxy.example.org")
             assert session.docmd("XCLIENT", f"ADDR=IPV6:{client_address}")[0] == 220
             session.ehlo("client.example.org")
-            session.login(other_postfix.login, other_postfix.password)
+            session.login(postfix.login, postfix.password)
             reply = send(session)
-        assert other_postfix.queue()[reply.queue_id] == "hold"
+        assert postfix.queue()[reply.queue_id] == "hold"
         shown = f"alice/alice@example.org/{client_address}/1, queue_id={reply.queue_id}"
         daemon.wait_for_log(f"Holding blacklisted user: {shown}")
-    other_postfix.delete("ALL")
+    postfix.delete("ALL")

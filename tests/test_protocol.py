@@ -1,28 +1,35 @@
-"""What Postfix may send, in whatever pieces and again, and what nobody may: SMTPD_POLICY_README on the wire."""
+"""SMTPD_POLICY_README on the wire: what Postfix may send, in whatever pieces and again, and what nobody may."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import resource
+import signal
 import socket
 import struct
 import threading
+import time
 import types
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
 
 import hypothesis.strategies as st
 import pytest
-from asking import Relay, Unrecorded, a_request
+from asking import Load, Relay, a_request, complaints, reload
 from hypothesis import given
-from servers import DUNNO, HOLD, REJECT, Policyd, policyd_factory, read_answer, read_to_end, request_bytes
-from stores import KeptLog, SQLiteStore, read_settings, total
+from servers import DUNNO, HOLD, REJECT, Connection, Policyd, Start, policyd_factory, request_bytes, wait_until
+from stores import KeptLog, Store, on_stores, total
 
 import policyd as module
 from policyd import Event, Policy, PolicyRequest, PolicyServer, ProtocolError, Recorder, Settings, Usage, requests
 
 REQUESTS = Path(__file__).parent / "requests"
 HEAD = b"request=smtpd_access_policy\n"
+TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0\n"))
+MEMORY_MB = 150
 
 
 class Wire:
@@ -33,14 +40,21 @@ class Wire:
         self.limits: list[float] = []  # how long each of its reads may wait
         self.now = 1000.0
 
-    def settimeout(self, seconds: float) -> None:
-        self._limit = seconds
+    timeval = "=qq"  # as the kernel has it
+
+    def getsockopt(self, level: int, option: int, most: int) -> bytes:
+        assert (level, option) == (socket.SOL_SOCKET, socket.SO_RCVTIMEO)
+        return bytes(struct.calcsize(self.timeval))
+
+    def setsockopt(self, level: int, option: int, value: bytes) -> None:
+        seconds, microseconds = struct.unpack(self.timeval, value)  # the kernel takes no other size either
+        self._limit = seconds + microseconds / 1e6
 
     def recv(self, size: int) -> bytes:
         self.limits.append(self._limit)
         self.now += min(1.0, self._limit)
         if self._limit < 1:
-            raise socket.timeout
+            raise BlockingIOError
         piece = self._pieces.pop(0) if self._pieces else b""
         self._pieces[:0] = [piece[size:]] * bool(piece[size:])
         return piece[:size]
@@ -61,11 +75,6 @@ def daemon() -> Iterator[Policyd]:
     """One daemon for all tests that tell their own log lines from those of others."""
     with policyd_factory() as start:
         yield start(bind="0.0.0.0")
-
-
-def peer(daemon: Policyd, address: str) -> socket.socket:
-    """Return a connection from an address of its own, by which the log tells it from all others."""
-    return socket.create_connection(("127.0.0.1", daemon.port), 20, (address, 0))
 
 
 END, TO, ALICE, HERE = "END-OF-MESSAGE", "rcpt1@example.net", "alice@example.org", "127.0.0.1"
@@ -98,7 +107,7 @@ RECORDED = [  # in the order of a day: the file, what it says, the answer, what 
 ]  # fmt: skip
 
 
-def test_recorded_requests_say_what_postfix_meant_and_are_answered_right(policyd: Callable[..., Policyd]) -> None:
+def test_recorded_requests_say_what_postfix_meant_and_are_answered_right(policyd: Start) -> None:
     """On one connection, each with its answer and its lines in the log; cut off anywhere it is none.
 
     Asked about again, as Postfix does, they get the same; nothing more is counted or complained of.
@@ -111,7 +120,7 @@ def test_recorded_requests_say_what_postfix_meant_and_are_answered_right(policyd
             assert parse(sent) == [PolicyRequest(*meant)]
             assert [parse(sent[:cut]) for cut in range(len(sent))] == [[]] * len(sent)
             connection.sendall(sent)
-            assert (name, read_answer(connection)) == (name, answer)
+            assert (name, connection.answer()) == (name, answer)
     logged = [line.text.replace("Updating db: ", "") for line in daemon.lines_so_far()[1:]]
     assert logged == [line for _, _, _, lines in RECORDED for line in lines]
 
@@ -124,11 +133,11 @@ def test_any_number_of_requests_on_a_connection_are_answered_in_their_order(daem
     glued = [("glued", 1, DUNNO), ("glued", 1499, HOLD), ("", 1, DUNNO), ("glued", 1500, REJECT), ("glued", 0, DUNNO)]
     with daemon.connect() as connection:
         connection.sendall(b"".join(request_bytes(sasl_username=who, recipient_count=count) for who, count, _ in glued))
-        assert [read_answer(connection) for _ in glued] == [answer for _, _, answer in glued]
+        assert [connection.answer() for _ in glued] == [answer for _, _, answer in glued]
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for byte in HEAD + LONGEST_LINE + b"\nsasl_username=by\xe9\nsender=\xff\xfe@x\nrecipient_count=1\n\n":
             connection.sendall(bytes([byte]))
-        assert read_answer(connection) == DUNNO
+        assert connection.answer() == DUNNO
     daemon.wait_for_log(r"Updating db: by\xe9/\xff\xfe@x//1/1")
 
 
@@ -155,9 +164,6 @@ def test_any_bytes_are_requests_or_a_protocol_error_and_split_anywhere_the_same(
     split = parse(*(data[begin:end] for begin, end in zip([0, *sorted(cuts)], [*sorted(cuts), len(data)])))
     assert split[: len(whole)] == whole or (split[:-1] == whole[:-1] and isinstance(split[-1], str))
     assert len(split) - len(whole) in (0, int(split[-1:] != whole[-1:]))
-
-
-TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0\n"))
 
 
 @given(st.builds(PolicyRequest, *[TEXT] * 7, st.integers(0, 999_999)), VALUES)
@@ -208,12 +214,11 @@ def test_a_malformed_request_is_hung_up_on_with_one_warning(daemon: Policyd, kin
     data, reason = MALFORMED[kind]
     address = f"127.1.1.{100 + [*MALFORMED].index(kind)}"
     for _ in range(3):
-        with daemon.connect() as other, peer(daemon, address) as connection:
+        with daemon.connect() as other, daemon.connect(address) as connection:
             with contextlib.suppress(ConnectionError):  # it hangs up where the mistake is
                 connection.sendall(data)
-            assert read_to_end(connection) == (b"action=DUNNO\n\n" if "behind" in kind else b"")
-            other.sendall(request_bytes(sasl_username="other"))
-            assert read_answer(other) == DUNNO
+            assert connection.rest() == (b"action=DUNNO\n\n" if "behind" in kind else b"")
+            assert other.ask(sasl_username="other") == DUNNO
     lines = [(line.level, line.text) for line in daemon.lines_so_far() if address in line.text]
     assert lines == [("warning", f"bad request from {address}: {reason}; hung up")]
 
@@ -236,21 +241,23 @@ def test_a_complaint_comes_at_once_and_then_once_a_minute_with_the_number(logged
 def test_a_request_that_ends_early_is_no_news_and_one_whose_client_has_left_counts(daemon: Policyd) -> None:
     """It is neither answered nor counted nor logged; who has asked in full may leave before the answer."""
     for missing in (1, 2, 10, 300):
-        with peer(daemon, "127.1.3.1") as connection:
+        with daemon.connect("127.1.3.1") as connection:
             connection.sendall(request_bytes(sasl_username="leaver")[:-missing])
             connection.shutdown(socket.SHUT_WR)
-            assert read_to_end(connection) == b""
-    with peer(daemon, "127.1.3.1") as connection:
+            assert connection.rest() == b""
+    with daemon.connect("127.1.3.1") as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close is a reset
         connection.sendall(request_bytes(sasl_username="leaver") * 2)
     daemon.wait_for_log("Updating db: leaver/alice@example.org/192.0.2.1/1/1")
     assert [line.text for line in daemon.lines_so_far() if "127.1.3.1" in line.text] == []
 
 
+@pytest.mark.parametrize("timeval", ["=ii", "=qq"], ids=["32 bits", "64 bits, or 32 with times of 64"])
 def test_a_request_has_30_s_however_it_dribbles_and_an_idle_connection_longer_than_postfix(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, timeval: str
 ) -> None:
     """Postfix hangs up after 1000 s (smtpd_policy_service_max_ttl); if we did first, its next request would fail."""
+    monkeypatch.setattr(Wire, "timeval", timeval)
     wire, times = Wire(*[b"%c" % byte for byte in HEAD + b"\n"] * 5, *[b"x"] * 100), []
     monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: wire.now))
     with pytest.raises(ProtocolError, match="incomplete"):
@@ -264,17 +271,16 @@ def test_a_request_has_30_s_however_it_dribbles_and_an_idle_connection_longer_th
 def test_who_is_silent_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, logged: KeptLog, limit: str) -> None:
     """With a warning if it had begun a request; an idle one is no news.  Before that, an answer is sent at once."""
     monkeypatch.setattr(module, limit, 0.2)
-    policy = Policy(Settings(), Unrecorded(), lambda _: None)  # type: ignore[arg-type]
+    policy = Policy(Settings(), types.SimpleNamespace(record=lambda *_: None), lambda _: None)  # type: ignore[arg-type]
     with PolicyServer("127.0.0.1", 0, policy) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        with socket.create_connection(server.server_address[:2], 20) as connection:
-            connection.sendall(request_bytes(sasl_username=""))
-            assert read_answer(connection) == DUNNO
+        with Connection(server.server_address[:2]) as connection:
+            assert connection.ask(sasl_username="") == DUNNO
             for ours in [*server.connections]:  # the kernel does not keep it back in the hope of more
                 assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             connection.sendall(HEAD if limit == "REQUEST_TIMEOUT_S" else b"")
-            assert read_to_end(connection) == b""
+            assert connection.rest() == b""
         server.shutdown()
         thread.join()
     said = ["bad request from 127.0.0.1: incomplete after 0.2 s; hung up"] * (limit == "REQUEST_TIMEOUT_S")
@@ -282,16 +288,12 @@ def test_who_is_silent_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, logged: Ke
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> SQLiteStore:
-    return SQLiteStore(tmp_path / "events.sqlite3")
-
-
-@pytest.fixture
-def relay(store: SQLiteStore, logged: KeptLog) -> Relay:
+def relay(store: Store, logged: KeptLog) -> Relay:
     return Relay(store, logged, "defaultquota=3", "blacklist=listed")
 
 
-def test_a_repetition_gets_the_same_answer_and_is_counted_and_logged_once(store: SQLiteStore, relay: Relay) -> None:
+@on_stores("SQLite")
+def test_a_repetition_gets_the_same_answer_and_is_counted_and_logged_once(store: Store, relay: Relay) -> None:
     """Whatever the sum has become meanwhile, also before the store has it; without an instance nothing is one."""
     at_once = relay.ask_at_once([{"sasl_username": "carl", "instance": "1.2.2"}] * 3)
     assert at_once == [(DUNNO, ["Updating db: carl/alice@example.org/192.0.2.1/1/1"])] * 3, "of all together"
@@ -313,22 +315,23 @@ def test_a_repetition_gets_the_same_answer_and_is_counted_and_logged_once(store:
     ({"recipient_count": 2}, 3),  # a refused DATA followed by more recipients keeps the instance
     ({"peer": "127.0.0.2"}, 2),  # two relays number their messages alike
 ])  # fmt: skip
+@on_stores("SQLite")
 def test_a_message_is_its_peer_its_instance_and_its_recipient_count(
-    store: SQLiteStore, relay: Relay, again: dict[str, Any], counted: int
+    store: Store, relay: Relay, again: dict[str, Any], counted: int
 ) -> None:
     for message in ({}, again):
         relay.ask("anna", **{"instance": "1.2.3", **message})
     assert total(store) == counted
 
 
-def test_a_repetition_may_come_on_another_connection(policyd: Callable[..., Policyd], tmp_path: Path) -> None:
+def test_a_repetition_may_come_on_another_connection(policyd: Start, tmp_path: Path) -> None:
     """On a Unix socket all are of one relay."""
     request, counted = request_bytes(sasl_username="anna"), "Updating db: anna/alice@example.org/192.0.2.1/1/1"
     for daemon in (policyd(bind="127.0.0.1"), policyd(bind=tmp_path / "socket")):
         for _ in range(3):
             with daemon.connect() as connection:
                 connection.sendall(request)
-                assert read_answer(connection) == DUNNO
+                assert connection.answer() == DUNNO
         assert [line.text for line in daemon.lines_so_far()[1:]] == [counted]
 
 
@@ -340,7 +343,7 @@ def test_the_last_10_000_answers_are_remembered() -> None:
         counted.extend([event.sasl_username] * (event.recipient_count is not None))
         on_usage(Usage(int(event.sasl_username) % 2))
 
-    policy = Policy(read_settings("defaultquota=1"), types.SimpleNamespace(record=record), lambda _: None)  # type: ignore
+    policy = Policy(Settings(defaultquota=1), types.SimpleNamespace(record=record), lambda _: None)  # type: ignore
     asked = (*range(10_001), 1, 10_000, 0)
     for number in asked:
         policy.answer(a_request(sasl_username=number, instance=number), "127.0.0.1", replies.append)
@@ -365,3 +368,185 @@ def test_after_a_fault_of_ours_mail_flows_and_nobody_waits(logged: KeptLog, usag
     assert len(logged.errors()) == (usage is not None)
     policy.answer(a_request(sasl_username="anna", instance="1.2.3"), "127.0.0.1", replies.append)
     assert replies == [DUNNO] * 2
+
+
+def status_of(daemon: Policyd, name: str) -> int:
+    """Return a number of /proc/PID/status: Threads, or VmHWM in kB."""
+    lines = Path(f"/proc/{daemon.pid}/status").read_text().splitlines()
+    return int(dict(line.split(":\t", 1) for line in lines)[name].split()[0])
+
+
+def processor_s(daemon: Policyd) -> float:
+    fields = Path(f"/proc/{daemon.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def is_spinning(daemon: Policyd) -> bool:
+    began = processor_s(daemon)
+    time.sleep(0.5)
+    return processor_s(daemon) - began > 0.2
+
+
+def is_answered(daemon: Policyd) -> bool:
+    with daemon.connect() as connection, contextlib.suppress(EOFError, ConnectionError):
+        return connection.ask() == DUNNO
+    return False
+
+
+@contextlib.contextmanager
+def connections(daemon: Policyd, number: int) -> Iterator[list[Connection]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(daemon.connect()) for _ in range(number)]
+
+
+def three_hundred_at_once(daemon: Policyd) -> None:
+    """While the daemon is busy elsewhere they wait in the kernel; all are answered then, and idle."""
+    daemon.signal(signal.SIGSTOP)
+    with connections(daemon, 300) as many:
+        for connection in many:
+            connection.sendall(request_bytes())
+        daemon.signal(signal.SIGCONT)
+        assert [connection.answer() for connection in many] == [DUNNO] * 300
+        assert status_of(daemon, "Threads") >= 300
+
+
+def requests_without_an_end(daemon: Policyd) -> None:
+    """A line, and a million lines."""
+    for data in (b"x=" + b"x" * 10_000_000, b"request=smtpd_access_policy\n" + b"x=y\n" * 1_000_000 + b"\n"):
+        with daemon.connect() as connection:
+            with contextlib.suppress(ConnectionError):  # it hangs up before all is sent
+                connection.sendall(data)
+            assert connection.rest() == b""
+
+
+def reset_connections(daemon: Policyd) -> None:
+    for sent in (b"", request_bytes()[:-1], request_bytes(), b"".join(request_bytes() for _ in range(20))):
+        for _ in range(25):
+            with daemon.connect() as connection:
+                connection.sendall(sent)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # an error, no end
+
+
+def clients_that_do_not_read(daemon: Policyd) -> None:
+    """Nobody waits for them, not the thread that counts for all; who goes on asking is hung up on."""
+    with connections(daemon, 4) as deaf, socket.socket() as deafest:
+        for connection in deaf:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"".join(request_bytes(sasl_username="deaf") for _ in range(10_000)))
+        deafest.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        deafest.settimeout(60)
+        deafest.connect(("127.0.0.1", daemon.port))
+        with contextlib.suppress(ConnectionError):  # once all buffers are full
+            for _ in range(500):
+                deafest.sendall(request_bytes(sasl_username="") * 1000)
+            pytest.fail("nobody hangs up")
+        assert is_answered(daemon)
+
+
+def values_as_long_as_may_be(daemon: Policyd) -> None:
+    """Of which we remember something.  With one wide character, each takes four bytes of memory."""
+    request = request_bytes(sasl_username="listed", sender="x" * 8000)
+    with daemon.connect() as connection:
+        for number in range(4500):
+            connection.sendall(request.replace(b"instance=", b"instance=%d\xf0\x9f\x92\xa9%s" % (number, b"x" * 8000)))
+            assert connection.answer() == "HOLD blacklisted"
+
+
+ATTACKS = [three_hundred_at_once, requests_without_an_end, reset_connections, clients_that_do_not_read,
+           values_as_long_as_may_be]  # fmt: skip
+
+
+def all_of_them_at_once(daemon: Policyd) -> None:
+    with ThreadPoolExecutor(len(ATTACKS)) as threads:
+        for attack in [threads.submit(attack, daemon) for attack in ATTACKS]:
+            attack.result()
+
+
+@pytest.fixture(scope="module")
+def victim() -> Iterator[Policyd]:
+    """One daemon for all attacks, which in the end has taken no more memory than it may, and stops as it should."""
+    with policyd_factory() as start:
+        daemon = start(defaultquota=1_000_000, blacklist="listed")
+        yield daemon
+        assert status_of(daemon, "VmHWM") < MEMORY_MB * 1024
+        assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("attack", [*ATTACKS, all_of_them_at_once], ids=lambda attack: attack.__name__)
+def test_an_attack_costs_the_others_nothing(victim: Policyd, attack: Callable[[Policyd], None]) -> None:
+    """Every answer comes, every message counts, memory stays small, and all threads go away again."""
+    victim.hang_up()
+    threads = status_of(victim, "Threads")
+    honest = f"honest_{attack.__name__}"
+    with Load([victim], 1, honest, pause_s=0.002) as load:
+        attack(victim)
+    assert {answer.action for answer in load.answers} == {DUNNO}
+    wait_until(lambda: status_of(victim, "Threads") <= threads, f"the {threads} threads of before are left")
+    assert victim.ask(sasl_username=honest, queue_id="") == DUNNO
+    victim.wait_for_log(f"Updating db: {honest}/alice@example.org/192.0.2.1/1/{len(load.answers) + 1}")
+
+
+def test_there_are_as_many_connections_as_the_settings_say(policyd: Start) -> None:
+    """Also after SIGHUP.  One too many is closed at once, and the others never notice."""
+    daemon = policyd(max_connections=3)
+    with connections(daemon, 3) as first:
+        assert [connection.ask() for connection in first] == [DUNNO] * 3
+        assert [is_answered(daemon) for _ in range(5)] == [False] * 5
+        daemon.write_settings(max_connections=5)
+        reload(daemon)
+        with connections(daemon, 2) as more:
+            for fewer in (5, 2):
+                daemon.write_settings(max_connections=fewer)
+                reload(daemon)
+                assert [connection.ask() for connection in first + more] == [DUNNO] * 5
+                assert not is_answered(daemon)
+        for _ in range(2):
+            first.pop().close()
+        wait_until(lambda: is_answered(daemon), "there is room for a second one")
+        assert first[0].ask() == DUNNO
+    wait_until(lambda: is_answered(daemon), "there is room again")
+    assert complaints(daemon) == ["3 connections are open, as many as may be: closing new ones at once"]
+
+
+def test_with_80_descriptors_it_neither_dies_nor_spins(policyd: Start) -> None:
+    """What is open is served, at the price that it has without the crowd outside, and later there is room again."""
+    daemon = policyd(mounts="ulimit -S -n 80", max_connections=1000)
+    with connections(daemon, 80 - 64) as served:
+        assert {connection.ask() for connection in served} == {DUNNO}
+        began = processor_s(daemon)
+        with connections(daemon, 200) as crowd:
+            assert {connection.rest() for connection in crowd} == {b""}
+        for _ in range(20):
+            assert {connection.ask() for connection in served} == {DUNNO}
+        assert processor_s(daemon) - began < 2
+        assert not is_spinning(daemon)
+    wait_until(lambda: is_answered(daemon), "there is room again")
+    assert complaints(daemon) == ["16 connections are open, as many as may be: closing new ones at once"]
+
+
+def test_running_out_of_descriptors_neither_kills_nor_spins(policyd: Start) -> None:
+    """Open connections are served on, others wait until there are descriptors again."""
+    daemon = policyd()
+    daemon.ask()
+    before = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    in_use = max(map(int, os.listdir(f"/proc/{daemon.pid}/fd")))
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (in_use + 1, before[1]))
+    with daemon.connect() as waiting:
+        waiting.sendall(request_bytes())
+        assert daemon.wait_for_log("cannot accept a connection: ").level == "warning"
+        assert daemon.ask() == DUNNO
+        assert not is_spinning(daemon)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
+        assert waiting.answer() == DUNNO
+    assert len(complaints(daemon)) == 1
+
+
+def test_a_password_that_everybody_can_read_is_warned_of(policyd: Start) -> None:
+    daemon = policyd()
+    warning = f"everybody can read the password in {daemon.settings_file}; try: chmod 0640 {daemon.settings_file}"
+    password = {"dbname": "x", "dbuser": "x", "dbpass": "hunter2", "dbport": 1}
+    for settings, mode, number in (({}, 0o644, 0), (password, 0o640, 0), (password, 0o644, 1)):
+        assert daemon.stop() == 0
+        daemon.write_settings(**settings)
+        daemon.settings_file.chmod(mode)
+        assert complaints(daemon.start()).count(warning) == number

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from servers import run
 
 from policyd import DAY_S, NEVER, Settings, Usage
 
@@ -74,8 +74,8 @@ def test_the_same_seed_gives_the_same_figures_and_another_one_does_not() -> None
 
 
 def test_the_tool_prints_the_table_as_markdown_and_what_the_manual_quotes() -> None:
-    tool = [sys.executable, replay.__file__, "--seed=3", "--seeds=1", "--users=100", "--days=7"]
-    printed = subprocess.run(tool, capture_output=True, text=True, check=True).stdout.splitlines()
+    tool = run(sys.executable, replay.__file__, "--seed=3", "--seeds=1", "--users=100", "--days=7", check=True)
+    printed = tool.stdout.splitlines()
     table = [line for line in printed if line.startswith("|")]
     assert printed[0] == "Seeds 3 to 3, 100 people of each population, 7 days."
     assert len(table) == 2 + len(RULES)

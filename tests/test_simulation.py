@@ -229,10 +229,12 @@ def test_what_comes_after_an_empty_journal_was_removed_survives_a_crash() -> Non
         world[0].kill()
 
 
-def test_a_journal_that_is_put_in_place_of_a_removed_one_is_replayed() -> None:
-    with World() as world:
-        world[0].break_disk("removed")
-        world.wait(MINUTE_S)
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_a_journal_that_is_put_in_place_of_another_is_replayed_beside_it(is_removed: bool) -> None:
+    with World() if is_removed else outage(*[("anna", 1)] * 4) as world:
+        if is_removed:
+            world[0].break_disk("removed")
+            world.wait(MINUTE_S)
         world[0].break_disk("replaced by another one")
         world.break_store("away")
         world[0].send(("anna", 1))

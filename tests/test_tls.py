@@ -1,4 +1,4 @@
-"""policyd and its database over TLS: who is trusted, what is refused, and what is seen on the way."""
+"""What lies between policyd and its database: TLS, and a read/write splitter before a replica that lags."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
+import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from daemons import BEGINS, end_of_outage, errors
-from servers import DUNNO, HOLD, ROOT, SCHEMA, Database, MariaDB, free_port, program
-from stores import Door, DoorHandler, count, event, maria_repository, read_settings, soon
+from asking import BACK_S, BEGINS, end_of_outage, errors
+from servers import DUNNO, HOLD, REJECT, ROOT, SCHEMA, Database, MariaDB, Start, program, read_settings, run, wait_until
+from stores import Door, DoorHandler, count, event, soon, sums
 
 from policyd import RepositoryUnavailable, SettingsError
 
-pytestmark = pytest.mark.mariadb  # one of its own
+pytestmark = pytest.mark.mariadb  # servers of their own
 HERE = "DNS:db.example.org, IP:127.0.0.1"
 ANNA = event("anna")
+NOBODY_KNOWN = "unable to get local issuer certificate"
+WARNING = "the server does not show what it has just stored: send policyd to the primary"
+FOR_EVER = 24 * 3600  # more than any test takes: the replica never catches up by itself
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +35,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("certificates")
 
     def openssl(*arguments: str) -> None:
-        done = subprocess.run([program("openssl", "openssl"), *arguments], cwd=directory, stdin=subprocess.DEVNULL,
-                              capture_output=True, text=True, timeout=60)  # fmt: skip
+        done = run(program("openssl", "openssl"), *arguments, cwd=directory)
         assert done.returncode == 0, done.stderr
 
     def request(name: str, *options: str) -> None:
@@ -53,8 +56,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TlsServer(MariaDB):
-    """A MariaDB that speaks TLS; `certificates` is where its are."""
+    """One that speaks TLS; `certificates` is where its are.  MySQL presents nothing that has expired."""
 
+    is_any = False
     certificates: Path
 
     def launch(self, *options: str) -> None:
@@ -72,16 +76,10 @@ class TlsServer(MariaDB):
 
 @pytest.fixture(scope="module")
 def server(certificates: Path) -> Iterator[TlsServer]:
-    """A MariaDB that speaks TLS; always one: MySQL presents nothing that has expired."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("POLICYD_TEST_SERVER", raising=False)
-        new = TlsServer()
-    new.certificates = certificates
-    try:
+    with TlsServer() as new:
+        new.certificates = certificates
         new.install()
         yield new
-    finally:
-        new.remove()
 
 
 @pytest.fixture
@@ -124,23 +122,18 @@ class TapHandler(DoorHandler):
 
 @pytest.fixture
 def tap(database: Database) -> Iterator[Door]:
-    door = Door(database.server.host, database.server.port)
-    door.RequestHandlerClass = type("NewTapHandler", (TapHandler,), {"heard": []})
-    yield door
-    door.shut()
+    with Door(database.server, type("NewTapHandler", (TapHandler,), {"heard": []})) as door:
+        yield door
 
 
 def test_nothing_can_be_read_on_the_way(database: Database, tap: Door, tls: Any) -> None:
-    repository = maria_repository(database, dbport=str(tap.port), **tls())
+    repository = database.repository(dbport=tap.port, **tls())
     assert [count(repository, ANNA) for _ in range(3)] == [[1], [2], [3]]
     assert len(tap.passing) == 2, "one connection, two ends: it is used again with TLS, too"
     heard = b"".join(tap.RequestHandlerClass.heard)
     assert len(heard) > 1000
     assert not re.search(b"anna|INSERT|" + database.server.user.encode(), heard)
-    assert count(maria_repository(database), ANNA) == [4], "who does not ask for it is served, too"
-
-
-NOBODY_KNOWN = "unable to get local issuer certificate"
+    assert count(database.repository(), ANNA) == [4], "who does not ask for it is served, too"
 
 
 @pytest.mark.parametrize(("presented", "name", "reason"), [
@@ -154,7 +147,7 @@ def test_the_server_may_have_another_name_and_no_other_authority(
     server.present(presented)
     refused = pytest.raises(RepositoryUnavailable, match=reason) if reason else contextlib.nullcontext()
     with refused:
-        assert count(maria_repository(database, **tls(name)), ANNA) == [1]
+        assert count(database.repository(**tls(name)), ANNA) == [1]
 
 
 def test_a_unix_socket_may_lead_to_the_server_and_needs_none_of_it(
@@ -164,8 +157,8 @@ def test_a_unix_socket_may_lead_to_the_server_and_needs_none_of_it(
     server.query(f"CREATE USER {user} IDENTIFIED BY %s", (server.password,))
     server.query(f"GRANT SELECT, INSERT, UPDATE ON {database.name}.events TO {user}")
     server.present("stranger")
-    servers = f"127.0.0.1:{free_port()}, {server.socket}"
-    repository = maria_repository(database, dbhost=servers, **tls(cert="relay.pem", key="relay.key"))
+    servers = f"127.0.0.1:1, {server.socket}"
+    repository = database.repository(dbhost=servers, **tls(cert="relay.pem", key="relay.key"))
     assert count(repository, ANNA) == [1]
     assert repository.ask("SHOW SESSION STATUS LIKE 'Ssl_cipher'", {}, soon()) == [("Ssl_cipher", "")]
 
@@ -177,11 +170,11 @@ def test_the_server_may_ask_for_a_certificate_and_the_next_connection_reads_rene
     server.query(f"GRANT SELECT, INSERT, UPDATE ON {database.name}.events TO 'relay'@'127.0.0.1'")
     relay = {"dbuser": "relay", "dbpass": ""}
     with pytest.raises(RepositoryUnavailable, match="1045"):
-        count(maria_repository(database, **relay, **tls()), ANNA)
+        count(database.repository(**relay, **tls()), ANNA)
     for key, name in {"ca": "other-ca.pem", "cert": "server.pem", "key": "server.key"}.items():
         shutil.copy(certificates / name, tmp_path / key)
         relay[f"dbssl_{key}"] = str(tmp_path / key)
-    repository = maria_repository(database, **relay)
+    repository = database.repository(**relay)
     for refused, key, name in (
         ("CERTIFICATE_VERIFY_FAILED", "ca", "ca.pem"), ("1045", "cert", "relay.pem"),
         ("dbssl_cert=", "key", "relay.key"),
@@ -198,13 +191,13 @@ def test_the_server_may_ask_for_a_certificate_and_the_next_connection_reads_rene
 def test_a_server_that_seems_to_have_no_tls_is_told_nothing(database: Database, tap: Door, tls: Any, name: str) -> None:
     tap.RequestHandlerClass.hides_tls = True
     with pytest.raises(RepositoryUnavailable, match="offers no TLS, which dbssl_ca= asks for"):
-        count(maria_repository(database, dbport=str(tap.port), **tls(name)), ANNA)
+        count(database.repository(dbport=tap.port, **tls(name)), ANNA)
     assert tap.RequestHandlerClass.heard == []
 
 
 def test_an_expired_certificate_is_an_outage(server: TlsServer, database: Database, tls: Any, policyd: Any) -> None:
     server.present("expired")
-    daemon = policyd(**{**database.settings(), **tls()}, defaultquota=3)
+    daemon = policyd(**database.settings(**tls()), defaultquota=3)
     assert [daemon.ask(sasl_username="anna") for _ in range(3)] == [DUNNO, DUNNO, HOLD]
     [line] = errors(daemon)
     assert re.match(f"{BEGINS}127.0.0.1: .*certificate has expired", line.text)
@@ -235,7 +228,69 @@ def test_nobody_is_asked_for_a_password_and_unreadable_is_a_mistake(certificates
         ca = certificates / "ca.pem" if lines else unreadable
         file.write_text(f"dbname=policyd\ndbuser=policyd\ndbssl_ca={ca}\n{lines}\n")
         arguments = [*like_others, sys.executable, str(ROOT / "policyd.py"), "--check-settings", "-c", str(file)]
-        shown = subprocess.run([program("script", "bsdutils"), "-qec", shlex.join(arguments), "/dev/null"],
-                               stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)  # fmt: skip
+        shown = run(program("script", "bsdutils"), "-qec", shlex.join(arguments), "/dev/null")
         assert shown.returncode == 78
         assert re.fullmatch(f"policyd: {file}{said}\r?\n", shown.stdout), shown.stdout
+
+
+class Node(MariaDB):
+    """One that others may follow: MySQL has other words for it.  Without TLS: the splitter reads what is said."""
+
+    is_any = False
+
+    def launch(self, *options: str) -> None:
+        super().launch(f"--server-id={self.port}", "--log-bin=binlog", "--skip-ssl", *options)
+
+    def follow(self, primary: MariaDB) -> None:
+        """Do what the primary does from now on, long after it."""
+        primary.query("GRANT REPLICATION SLAVE ON *.* TO 'replica'@'127.0.0.1' IDENTIFIED BY 'secret'")
+        self.query(
+            "CHANGE MASTER TO MASTER_HOST = %s, MASTER_PORT = %s, MASTER_USER = 'replica', MASTER_PASSWORD = 'secret',"
+            " MASTER_LOG_FILE = %s, MASTER_LOG_POS = %s, MASTER_SSL = 0, MASTER_SSL_VERIFY_SERVER_CERT = 0,"
+            " MASTER_DELAY = %s",
+            (primary.host, primary.port, *primary.query("SHOW MASTER STATUS")[0][:2], FOR_EVER),
+        )
+        self.query("START SLAVE")
+
+
+class SplitterHandler(DoorHandler):
+    """Sends what reads to the replica and all else to the primary, as MaxScale, ProxySQL or MySQL Router can do."""
+
+    replica: Node
+
+    def handle(self) -> None:
+        import pymysql
+
+        reader = pymysql.connect(host=self.replica.host, port=self.replica.port, user=self.replica.user,
+                                 password=self.replica.password, database="policyd1", charset="utf8mb4",
+                                 ssl_disabled=True)  # fmt: skip
+        with reader, socket.create_connection(self.server.target) as writer:
+            self.server.passing += [self.request, writer, reader._sock]
+            for source in (writer, reader._sock):  # one at a time answers
+                threading.Thread(target=self.pump, args=(source, self.request), daemon=True).start()
+            while header := self.request.recv(4, socket.MSG_WAITALL):
+                said = self.request.recv(int.from_bytes(header[:3], "little"), socket.MSG_WAITALL)
+                is_read = header[3] == 0 and re.match(rb"\x03[\s(]*SELECT\b", said)  # the first packet: COM_QUERY
+                (reader._sock if is_read else writer).sendall(header + said)
+
+
+def test_the_quota_holds_behind_a_replica_that_lags(policyd: Start) -> None:
+    with Node() as primary, Node() as replica:
+        SplitterHandler.replica = replica
+        for each in (primary, replica):
+            each.install()
+        database, same = (each.new_database(SCHEMA) for each in (primary, replica))
+        assert database.name == same.name == "policyd1"
+        replica.follow(primary)
+        splitter = Door(primary, SplitterHandler)
+        daemon = policyd(**database.settings(dbport=splitter.port), defaultquota=20)
+        answers = [daemon.ask(sasl_username="anna") for _ in range(60)]
+        assert answers == [DUNNO] * 19 + [HOLD] * 20 + [REJECT] * 21
+        assert errors(daemon)[0].text.startswith(f"{BEGINS}{WARNING}")
+        for statement in ("STOP SLAVE", "CHANGE MASTER TO MASTER_DELAY = 0", "START SLAVE"):
+            replica.query(statement)
+        wait_until(lambda: database.query("SELECT SUM(recipient_count) FROM events") == [(60,)], "all is there", BACK_S)
+        repository = database.repository(dbport=splitter.port)
+        wait_until(lambda: sums(repository, [event("anna", 0)]) == [60], "the replica has caught up")
+        daemon.stop()
+        splitter.server_close()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recorders import tell
+from asking import tell
 from stores import Clock, KeptLog
 
 import policyd
@@ -153,9 +153,9 @@ class Store(policyd.SQLiteRepository):
         self._pass("ask", deadline)
         return super().ask(statement, arguments, deadline)
 
-    def check(self, deadline: float) -> str:
-        self._pass("check", deadline)
-        return super().check(deadline)
+    def check(self, patience_s: float = 0) -> str:
+        self._pass("check", self._world.clock() + patience_s)
+        return super().check(patience_s)
 
 
 class Disk(policyd.SQLiteRepository):

@@ -8,12 +8,11 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable
 
 import pymysql
 import pytest
-from daemons import BACK_S, BEGINS, CONNECTIONS, ENDS, Load, errors, send_at_once
-from servers import DUNNO, HOLD, REJECT, SCHEMA, Database, MariaDB, Policyd, free_port, wait_until
+from asking import BACK_S, BEGINS, CONNECTIONS, ENDS, Load, errors, send_at_once
+from servers import DUNNO, HOLD, REJECT, SCHEMA, Database, MariaDB, Policyd, Start, free_port, wait_until
 
 from policyd import REPLAY_SLICE
 
@@ -75,14 +74,14 @@ class Cluster:
     """Three nodes, a fresh database in them with the table of scripts/schema.sql, and relays that use it."""
 
     database: Database
-    policyd: Callable[..., Policyd]
+    policyd: Start
 
     def __init__(self) -> None:
         self.nodes = [Node() for _ in range(3)]
 
     def relay(self, *order: int, quota: int = 100_000) -> Policyd:
         hosts = ",".join(f"{node.host}:{node.port}" for node in (self.nodes[n] for n in order))
-        return self.policyd(defaultquota=quota, **{**self.database.settings(), "dbhost": hosts})
+        return self.policyd(defaultquota=quota, **self.database.settings(dbhost=hosts))
 
     def two_relays(self, **settings: int) -> list[Policyd]:
         return [self.relay(*order, **settings) for order in ((0, 1, 2), (1, 2, 0))]
@@ -138,7 +137,7 @@ def galera(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def cluster(galera: Cluster, policyd: Callable[..., Policyd]) -> Iterator[Cluster]:
+def cluster(galera: Cluster, policyd: Start) -> Iterator[Cluster]:
     """The cluster with an empty table; no relay runs yet."""
     galera.policyd, galera.database = policyd, galera.nodes[0].new_database(SCHEMA)
     yield galera

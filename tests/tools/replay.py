@@ -24,8 +24,10 @@ import functools
 import ipaddress
 import math
 import multiprocessing
+import os
 import random
 import sys
+import tempfile
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,10 +47,6 @@ class Rule(NamedTuple):
     name: str
     keep_days: int  # 0: the past does not matter
     settings: Settings
-
-    @property
-    def limits(self) -> Limits:
-        return self.settings.limits_of("anna")
 
 
 EARLY = {
@@ -309,7 +307,7 @@ def forgiven_by_a_human(at: float) -> float:
 
 
 FORGIVE = (
-    "UPDATE {table} SET recipient_count = CASE WHEN recipient_count IS NULL THEN 0 ELSE -recipient_count END"
+    "UPDATE {table} SET recipient_count = COALESCE(-recipient_count, 0)"
     " WHERE {of_login} AND {since day} AND (recipient_count > 0 OR recipient_count IS NULL)"
 )
 
@@ -330,7 +328,7 @@ class Login:
 
     def _find(self) -> Iterator[tuple[int, Usage]]:
         """Yield the candidates: which message, and the highest figures, as if every place was new."""
-        strictest = Limits(*(min(limits) for limits in zip(*(rule.limits for rule in RULES))))
+        strictest = Limits(*(min(limits) for limits in zip(*(rule.settings.limits_of("anna") for rule in RULES))))
         places = [self._world.place_of(message.client_address) for message in self._sent]
         sums = [0, *accumulate(message.recipients for message in self._sent)]
         for n in range(bisect_left(self._times, self._since), len(self._times)):
@@ -345,16 +343,18 @@ class Login:
     def incidents(self, rule: Rule, forgiven: Callable[[float], float]) -> list[Incident]:
         """Return when the login is stopped, each time that it has no incident."""
         found: list[Incident] = []
-        limits, now, stored = rule.limits, self._since, 0
+        limits, now, stored = rule.settings.limits_of("anna"), self._since, 0
         candidates = [each for each in self.candidates if decide(each[1], limits).action != "DUNNO"]
         if not candidates:
             return found
         settings = dataclasses.replace(rule.settings, trusted_network=self._world.trusted)
-        store = SQLiteRepository(":memory:", lambda: now)
+        directory = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        store = SQLiteRepository(f"{directory.name}/store", lambda: now)
         watch = Watch(store, lambda: now)
         times = [int(at * 1000) for at in self._times]
         events = [Event("anna", "", message.client_address, message.recipients) for message in self._sent]
-        store.insert([Event("bert", "", "192.0.2.1", 1)], 0, [int(now - 4 * DAY_S) * 1000])  # a table that remembers
+        bert = Event("bert", "", "192.0.2.1", 1)  # some days ago, whenever that is: the table remembers
+        store.insert([bert], 0, [int(now - 4 * DAY_S) * 1000])
         list(watch.sweep(settings, 0))
         for n, most in candidates:
             at = self._times[n]
@@ -366,7 +366,7 @@ class Login:
                 store.insert(events[begin:stored], 0, times[begin:stored])
                 store.ask(FORGIVE, {"login": "anna", "day": DAY_S})
             begin, now, stored = stored, at, n + 1
-            store.insert(events[begin:stored], 0, times[begin:stored])
+            store.insert([bert, *events[begin:stored]], 0, [int(at - 4 * DAY_S) * 1000, *times[begin:stored]])
             (usage,) = watch.look([events[n]], store.usages([events[n]], settings, 0), settings, 0)
             verdicts = [decide(usage, limits)]
             if verdicts[0].action != "DUNNO":
@@ -377,6 +377,7 @@ class Login:
                     verdicts = [verdict for _, verdict, _ in watch.sweep(settings, MINUTE_S)]
             found += [Incident(now, each.rule, forgiven(now)) for each in verdicts if each.action != "DUNNO"]
         store.close()
+        directory.cleanup()
         return found
 
 

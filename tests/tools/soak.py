@@ -3,8 +3,8 @@
 
 usage: .venv/bin/python tests/tools/soak.py [--seed N] [--minutes 2]
 
-As root, for what only real processes show: a private MariaDB; the daemon as another user, its statedir on a small tmpfs
-in a mount namespace of our own, so that rights and a full disk bite.  A process of its own sends messages at an even
+As root, for what only real processes show: a private MariaDB; the daemon as another user, its statedir on a small
+tmpfs, so that rights and a full disk bite.  A process of its own sends messages at an even
 rate and does as Postfix does: one request at a time on each connection, 10 s for its answer, and when a connection
 fails, once more after a second.  Meanwhile each lane of FAULTS goes from one fault to the next as the seed decides, so
 that they overlap.  Then all is mended, and after a while and a restart every message is looked at:
@@ -41,7 +41,6 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from servers import IN_PRIVATE_DEV, SCHEMA, Database, MariaDB, Policyd, request_bytes, small_disk, wait_until  # noqa: E402
-from stores import sessions, table_locked  # noqa: E402
 
 CONNECTIONS, LOGINS, QUOTA = 16, 40, 200
 RATE, DISK_MB = 150, 16  # messages a second; what has room for the journal, but not for all of an outage
@@ -53,7 +52,6 @@ SETTLE_S = 120  # in which everything must have come to an end: the journal is l
 SLICE = 500  # rows of a replay
 SEVERITY = {b"DUNNO": 0, b"HOLD quota exceeded": 1, b"REJECT max quota exceeded": 2}
 USER = pwd.getpwnam("nobody")
-AS_USER = ["setpriv", f"--reuid={USER.pw_uid}", f"--regid={USER.pw_gid}", "--clear-groups"]
 Span = tuple[float, float]
 
 
@@ -152,7 +150,7 @@ FAULTS: dict[str, dict[str, Callable[[Any, contextlib.ExitStack], object]]] = { 
         "stopped": lambda soak, mended: (soak.server.stop(), mended.callback(soak.server.start)),
         "frozen": lambda soak, mended: (soak.server.freeze(), mended.callback(soak.server.thaw)),
         "slow": lambda soak, mended: mended.enter_context(repeating(soak.stutter, 0.03)),
-        "locked": lambda soak, mended: mended.enter_context(table_locked(soak.database)),
+        "locked": lambda soak, mended: mended.enter_context(soak.database.table_locked()),
         "cutting connections": lambda soak, mended: mended.enter_context(repeating(soak.cut, 0.2)),
         "refusing us": lambda soak, mended: (soak.allow("REVOKE {} FROM {}"), mended.callback(soak.allow)),
         "without its table": lambda soak, mended: soak.swap(mended, "RENAME TABLE {} TO {}", "events", "away"),
@@ -187,7 +185,7 @@ class Soak:
         self._begin = time.time()
         self._log: list[tuple[float, str]] = []  # but the lines that each message makes
         self._is_over = threading.Event()
-        self._spans: dict[str, list[Span]] = {lane: [] for lane in FAULTS}  # of the faults
+        self._spans: dict[str, list[Span]] = {lane: [] for lane in (*FAULTS, "gone")}  # of the faults
 
     # what faults do
 
@@ -209,7 +207,7 @@ class Soak:
 
     def cut(self) -> None:
         self.blows.append(time.time())
-        for number, *_ in sessions(self.database):
+        for number, *_ in self.database.sessions():
             with contextlib.suppress(Exception):  # it has ended by itself
                 self.database.query(f"KILL {number}")
 
@@ -262,7 +260,8 @@ class Soak:
             with contextlib.ExitStack() as mended:
                 FAULTS[lane][fault](self, mended)
                 time.sleep(lasts)
-            self._spans[lane].append((began, time.time()))
+            for key in (lane, *["gone"] * (fault == "gone")):
+                self._spans[key].append((began, time.time()))
             time.sleep(chance.uniform(0.2, 8))
 
     def _read_log(self) -> None:
@@ -311,6 +310,9 @@ class Soak:
         outages, troubles = self._spans_of("ERROR while UPDATING db"), self._spans_of("no outage journal")
         bad_times = [*self._spans["database"], *outages, *troubles]
         in_memory = [span for span in troubles if any(span[0] <= kill <= span[1] + LOOK_S for kill in kills)]
+        in_memory += [  # what waited in a file that has gone
+            (began, gone) for began, over in outages for gone, _ in self._spans["gone"]
+            if began <= gone <= over and any(first - 1 <= gone <= last for first, last in in_memory)]
         # After a start in bad times, what was known is not known any more, until the outage is over; what was in memory
         # only, never again.
         forgetful = []
@@ -361,36 +363,27 @@ class Soak:
         return not (any(found.values()) or len(lost) > forgotten or doubled > may_be_doubled or tracebacks)
 
 
-@contextlib.contextmanager
-def running_daemon(**settings: Any) -> Iterator[Policyd]:
-    """Start policyd as another user, with its statedir on a small disk."""
-    as_user = IN_PRIVATE_DEV.replace('exec "$@"', f'exec {" ".join(AS_USER)} "$@"')
-    with small_disk(DISK_MB) as disk, Policyd(mounts=as_user, statedir=disk / "state", **settings) as daemon:
-        for path in (disk / "state", daemon.settings_file):
-            os.chown(path, USER.pw_uid, USER.pw_gid)
-        daemon.directory.chmod(0o755)
-        for inbox in (daemon.syslog, daemon.notify):
-            inbox.path.chmod(0o666)
-        yield daemon.start()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="An even load, faults at random, and a look at every message.")
     parser.add_argument("--seed", type=int, default=None, help="decides about the faults (default: a new one)")
     parser.add_argument("--minutes", type=float, default=2)
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the namespace
     arguments = parser.parse_args()
     if os.geteuid() != 0:
         parser.error("only root can start the daemon as another user")
-    if not arguments.inside:
-        os.execvp("unshare", ["unshare", "--mount", sys.executable, *sys.argv, "--inside"])
     seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
     print(f"seed {seed}: {arguments.minutes:g} minutes, {RATE} messages/s, a disk of {DISK_MB} MB", flush=True)
-    with MariaDB() as server:
+    setpriv = f"exec setpriv --reuid={USER.pw_uid} --regid={USER.pw_gid} --clear-groups"
+    with MariaDB() as server, small_disk(DISK_MB) as disk:
         server.install()
         database = server.new_database(SCHEMA)
-        with running_daemon(defaultquota=QUOTA, **database.settings()) as daemon:
-            is_well = Soak(database, daemon).run(seed, arguments.minutes * 60)
+        settings = database.settings(defaultquota=QUOTA, statedir=disk / "state")
+        with Policyd(mounts=IN_PRIVATE_DEV.replace("exec", setpriv), **settings) as daemon:
+            for path in (disk / "state", daemon.settings_file):
+                os.chown(path, USER.pw_uid, USER.pw_gid)
+            daemon.directory.chmod(0o755)
+            for inbox in (daemon.syslog, daemon.notify):
+                inbox.path.chmod(0o666)
+            is_well = Soak(database, daemon.start()).run(seed, arguments.minutes * 60)
     print("all is well" if is_well else f"NOT WELL: seed {seed}")
     return 0 if is_well else 1
 
