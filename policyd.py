@@ -1390,7 +1390,7 @@ class SQLiteRepository:
         return f"{self.check()} is ready"
 
     def first(self, limit: int = -1, after: int = 0, statement: str = FIRST) -> list[Row]:
-        """Return the first events that wait, or all, of those above row id `after`."""
+        """Return the first events that wait, or all, of those above row id `after`; or what else `statement` says."""
         rows = self.ask(statement, {"after": after, "limit": limit})
         return [(number, ts, Event(*event)) for number, ts, *event in rows]
 
