@@ -52,6 +52,7 @@ names, log, settings, protocol, decision, storage, watch, recorder, server, proc
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -234,7 +235,6 @@ log = Log()
 
 # ---- settings: one file, read whole or not at all ---------------------------------------------------
 
-EARLY_FLOOR = 40  # recipients of an hour below which nobody's places are looked at in the path
 DAYS_TO_JUDGE = 3  # that the table must remember before an early sign counts: on the first day everything is new
 GONE = {  # settings of 0.1, and what to write instead: an upgrade by night must not leave mail uncounted
     "max_networks": "early_signs=audit (or yes), and max_places= if 5 does not suit",
@@ -334,7 +334,7 @@ NEVER_MATCHES = (
     r"|.* #.*|.*[,;<>].*|[/*\[\u201c\u201e].*|.*[*'\"\u2019\u201d]"  # comments, several, expressions, quotes, wildcards
     r"|@.*@.*|.*@(\..*|.*[*? ].*)?"  # @.example.org, lena@*.example.org, lena@example.org lisa@example.org
     r"|([0-9]+\.){3}[^@]*|[0-9.]+([/*%\[][0-9.*%\[\]-]*|\.)"  # 192.0.2.10-20, 10.*, 10/8, 192.0.
-    r"|[0-9a-f:]*:(:|[0-9a-f.]*[/*\u2013 -])[^@]*"  # 2001:db8:::1, 2001:db8:*, 2001:db8:1/48
+    r"|[0-9a-f:]*:(:|[0-9a-f.]*[/*\u2013 -])[^@]*|ipv6:.*"  # 2001:db8:::1, 2001:db8:*, 2001:db8:1/48, IPv6:2001:db8::1
 )
 
 
@@ -453,6 +453,8 @@ class Settings:
         if not equals or key not in readers:
             word = "".join(key.split()[:1])  # no more of it is shown: it may be a password
             nearest = difflib.get_close_matches(word.lower(), readers, n=1, cutoff=0)[0]
+            if word in readers:
+                raise ValueError(f"no '=' after {word}; write {word}=VALUE")
             raise ValueError(f"unknown setting {word}; did you mean {nearest}=?")
         if not clean(text).isprintable():  # nor are the stand-ins for what is not UTF-8
             raise ValueError(f"{key}= has a control character or is not UTF-8; type it again")
@@ -499,8 +501,9 @@ class Settings:
 
         Made once, for each message asks for them.  rejectquota= is for those without a quota of their own.
 
-        Of `rows`: beyond all limits, its own or else everybody's, a login's older events change nothing, and each has a
-        recipient at least.  Those of a batch are on top: running sums are computed back from the last one.
+        `rows`: as many of the newest events as the highest limit (everybody's, where a login has none) reach it, since
+        each has a recipient at least, and older ones change no answer.  Those of a batch are on top: running sums are
+        computed back from the last one.
         """
         early = (self.max_places or NEVER, self.new_place_quota or NEVER, True) if self.early_signs != "no" else ()
         reject_at = self.rejectquota or 2 * self.defaultquota
@@ -562,6 +565,8 @@ MAX_LINE = 8192  # bytes of one attribute, without its newline
 MAX_REQUEST = 65536  # bytes of one request, the empty line included; Postfix's have some 600
 IDLE_TIMEOUT_S = 1015  # above Postfix's smtpd_policy_service_max_ttl (1000 s): Postfix is the one to hang up
 REQUEST_TIMEOUT_S = 30  # for a whole request once its first byte is here, however it dribbles
+# What is not UTF-8 is taken for Latin-1: so a login is the same in both, whatever else the request has.
+codecs.register_error("latin-1", lambda bad: (str(bad.object[bad.start : bad.end], "latin-1"), bad.end))  # type: ignore
 
 
 class ProtocolError(Exception):
@@ -581,23 +586,14 @@ class PolicyRequest(NamedTuple):
     recipient_count: int  # 0 outside DATA and END-OF-MESSAGE
 
 
-def _decode(lines: bytes) -> str:
-    """Return lines as text, each that is not UTF-8 as Latin-1: a login is the same in both, and in no other line's."""
-    try:
-        return lines.decode()
-    except UnicodeDecodeError:
-        return "\n".join(map(_decode, lines.split(b"\n"))) if b"\n" in lines else lines.decode("latin-1")
-
-
 def parse_request(lines: bytes) -> PolicyRequest:
     """Return the request with these `lines`, without the last two newlines; raises ProtocolError.
 
-    Unknown attributes are ignored, of an attribute given twice the last one counts, and a missing one is
-    as good as an empty one.
+    Unknown attributes are ignored, of one given twice the last counts, and a missing one is as good as an empty one.
     """
     if len(lines) > MAX_LINE < max(map(len, lines.split(b"\n"))):  # most requests are shorter than a line may be
         raise ProtocolError(f"a line longer than {MAX_LINE} bytes")
-    text = _decode(lines)
+    text = lines.decode(errors="latin-1")
     if "\0" in text:
         raise ProtocolError("a NUL byte")
     try:
@@ -635,8 +631,8 @@ def requests(connection: socket.socket) -> Iterator[PolicyRequest]:
         lines, end, rest = received.partition(b"\n\n")
         if len(lines) + len(end) > MAX_REQUEST:
             raise ProtocolError(f"a request longer than {MAX_REQUEST} bytes")
-        first, newline, _ = lines.partition(b"\n")
-        if end or (newline and b"=" not in first):  # a health check that speaks HTTP never sends an end: refused now
+        begun = [] if end else lines.split(b"\n")  # a health check that speaks HTTP never sends an end: refused now
+        if end or any(b"=" not in line for line in begun[:-1]) or max(map(len, begun)) > MAX_LINE:
             if deadline:
                 _limit_waiting(connection, IDLE_TIMEOUT_S)
             received, deadline = rest, 0.0
@@ -784,8 +780,10 @@ PATIENCE_S = 600  # for a statement for which no mail waits
 KEPT_TEXT = 255  # characters of a login, sender or address that are kept: the columns of scripts/schema.sql
 INCIDENTS = [f"{action} {rule}" for rule in RULES for action in ("HOLD", "REJECT")]
 EVENT_COLUMNS = "ts, sasl_username, sender, client_address, recipient_count"
-INSERT_INTO = f"INSERT INTO {{table}} ({EVENT_COLUMNS})"  # in words of ask()
-# The seconds of {since NAME}, see ask(); some are told with each statement.
+# Statements are in words that both stores know, in braces: {table}, {from_} (the same, read by login), {by_time} (the
+# same, read by time), {login} (the column, each login apart), {of_login} (it is %(login)s), {place} (of the client),
+# {now}, {age} (in s), and {since NAME}: less than so many seconds ago, some of which are told with each statement.
+INSERT_INTO = f"INSERT INTO {{table}} ({EVENT_COLUMNS})"
 PERIODS = {"half_hour": HALF_HOUR_S, "hour": HOUR_S, "day": DAY_S, "judge": DAYS_TO_JUDGE * DAY_S,
            **{name: f"%({name})s" for name in ("window", "lately", "keep")}}  # fmt: skip
 
@@ -857,8 +855,8 @@ def _connection_class() -> Any:
 class ConnectionPool:
     """PyMySQL connections to the first server of `dbhost` that answers; one is kept for the next batch.
 
-    One in which anything failed is not nursed.  Who has a deadline comes from one thread at a time: the recorder's, or,
-    while that leaves the store alone, the one that looks for it.  Without a deadline from any.
+    One in which anything failed is not nursed.  With a deadline only one thread comes at a time: the recorder's, or,
+    while that leaves the store alone, the one that looks for it.  Without a deadline any thread may come.
     """
 
     # For both kinds of server: each skips what is the other's.  Some begin with autocommit=0, which the driver does not
@@ -985,15 +983,6 @@ def fit(text: str, column: tuple[int, str]) -> str:
     return text.encode(codec, "backslashreplace").decode(codec)[:width].rstrip(" ")
 
 
-class Table(NamedTuple):
-    """What the server says of the table."""
-
-    columns: list[tuple[int, str]]  # width in characters and Python codec of the three texts
-    login: str  # the expression by which two logins are equal only if they are
-    force_index: str  # FORCE INDEX (...), of one that begins (sasl_username, ts
-    remedy: str  # where there is none that may be used
-
-
 def _query(connection: Any, statement: str, arguments: object = None) -> list[Any]:
     """Run one statement; return its rows, or the number of those it changed as one; raises pymysql.MySQLError.
 
@@ -1045,9 +1034,9 @@ class MariaDBRepository:
         " WHERE table_schema = DATABASE() AND table_name = %(table)s"
         " ORDER BY FIELD(column_name, 'client_address', 'sender', 'sasl_username') DESC, ordinal_position"
     )
-    # From here on in the words of ask().  The insert takes what is left of the time with it, for MariaDB; on MySQL only
-    # locks are waited for, and these have a limit.  Two messages of one millisecond add up; ts = ts, because
-    # go-policyd's table would move it.
+    # From here on in words.  The insert takes what is left of the time with it, for MariaDB; on MySQL only locks are
+    # waited for, and these have a limit.  Two messages of one millisecond add up; ts = ts, because go-policyd's table
+    # would move it.
     INSERT = f"/*M! SET STATEMENT max_statement_time={{left_s}} FOR */ {INSERT_INTO}"
     ADD_UP = "ON DUPLICATE KEY UPDATE recipient_count = COALESCE(recipient_count, 0) + VALUES(recipient_count), ts = ts"
     # A relay's clock may be ahead, even of what FROM_UNIXTIME knows; nobody is to be held until next month for that.
@@ -1060,12 +1049,13 @@ class MariaDBRepository:
     BINARY = "CONVERT(sasl_username USING utf8mb4) COLLATE utf8mb4_bin"  # equal only if it is
     # The recipients of the day and of the hour (what is below 0 was forgiven), all that were recorded, and incidents as
     # bits: a scan of the index tells them; GROUP_CONCAT takes ten times as long, and MAX would hide one incident behind
-    # the other.  As one text, since for each column the driver takes as long as the server for a hundred rows.
-    OF_HOUR = "COALESCE(SUM(IF({since hour}, GREATEST(recipient_count, 0), 0)), 0)"  # a third of the scan's time
+    # the other.  As one text, since for each column the driver takes as long as the server for a hundred rows; of
+    # doubles (0e0), since to add up decimals takes a quarter of a long scan.
+    OF_HOUR = "COALESCE(SUM(IF({since hour}, GREATEST(recipient_count, 0e0), 0)), 0)"  # a third of the scan's time
     FOUND = (
-        f"CONCAT_WS(' ', COALESCE(SUM(GREATEST(recipient_count, 0)), 0), {OF_HOUR},"
-        " COALESCE(SUM(ABS(recipient_count)), 0),"
-        f" BIT_OR(IF(recipient_count IS NULL, 1 << FIELD(client_address, {str(INCIDENTS)[1:-1]}), 0)))"
+        f"CONCAT_WS(' ', COALESCE(SUM(GREATEST(recipient_count, 0e0)), 0), {OF_HOUR},"
+        " COALESCE(SUM(ABS(recipient_count) + 0e0), 0), BIT_OR(CASE WHEN recipient_count IS NULL"
+        f" THEN 1 << FIND_IN_SET(client_address, '{','.join(INCIDENTS)}') END))"
     )
     # Of many logins at once, which takes 11 us for each, and 83 in a subselect of its own.  The column's collation may
     # find more logins than were asked for.
@@ -1083,9 +1073,10 @@ class MariaDBRepository:
         self._settings, self._name = settings, settings.policy_table
         self._pool = ConnectionPool(settings)
         self.resolve, self.close = self._pool.resolve, self._pool.close
-        self._table: Table  # as last seen
-        self._next_look = 0.0  # at it
-        self.has_index = False  # by which a login's events are found without reading all others'
+        self._next_look = 0.0  # at the table; the rest is as it was last seen
+        self._columns: list[tuple[int, str]]  # width in characters and Python codec of the three texts
+        self._words: dict[str, str]  # of the statements, with what they mean here
+        self.index_remedy = "run policyd --init-db"  # for the index that finds a login's events; empty: it is there
         self._long: dict[str, frozenset[str]] = {}  # logins past all limits at this look, and their incidents
 
     def __str__(self) -> str:
@@ -1098,47 +1089,46 @@ class MariaDBRepository:
         recipients; and the primary key is all but the number.  Where a row is refused for its own sake we close in on
         it by halves, since a statement for each row would take too long.
         """
-        rows: list[str] = []
+        rows: list[tuple[int, str, Event]] = []  # position, what is in its place in the statement, event
         equal: collections.Counter[object] = collections.Counter()
         for when, event in zip(times or itertools.repeat(None), events):
             moment, what = self.NOW if when is None else self.THEN.format(when), (when, event[:3])
-            rows.append(f"({moment} - INTERVAL {1000 * equal[what]} MICROSECOND, %s, %s, %s, %s)")
+            sooner = f" - INTERVAL {1000 * equal[what]} MICROSECOND" if equal[what] else ""
+            rows.append((len(rows), f"({moment}{sooner}, %s, %s, %s, %s)", event))
             equal[what] += 1
-        refused: dict[int, Exception] = {}
-        slices, tries = [(0, len(events))], RACE_TRIES
         with self._pool.connection(deadline) as connection:
-            while slices:
-                first, after = slices.pop()
-                error = self._insert(connection, rows[first:after], events[first:after], tries)
-                middle = (first + after) // 2
-                if error and tries > 1:  # from now on a failure on the way must not leave half of them behind
-                    connection.begin()
-                    tries, self._next_look = 1, 0.0  # the table may have been altered since it was looked at
-                    slices.append((first, after))
-                elif error and first < middle:  # the second half first: its equal rows must not fall on newer ones
-                    slices += (first, middle), (middle, after)
-                elif error:
-                    refused[first] = error
-            if tries == 1:
+            if times:  # tried again and again: what a slow server still does when we have left must not stay each time
+                connection.begin()
+            refused = self._insert(connection, rows, RACE_TRIES)
+            is_begun = bool(times or refused)
+            if refused:  # from now on a failure on the way must not leave half of them behind
+                self._next_look = 0.0  # the table may have been altered since it was looked at
+                connection.begin()
+                refused = self._insert(connection, rows, 1)
+            if is_begun:
                 _query(connection, "COMMIT")
         for n, error in refused.items():
             log.error(f"ERROR while UPDATING db: {error}; not counted: {'/'.join(map(str, events[n]))}")
         return set(refused)
 
-    def _insert(self, connection: Any, rows: Sequence[str], events: Sequence[Event], tries: int) -> Exception | None:
-        """Insert events in one statement; return why the database refuses one of them for its own sake, if it does.
+    def _insert(self, connection: Any, rows: Sequence[tuple[int, str, Event]], tries: int) -> dict[int, Exception]:
+        """Insert rows in one statement; return which of them the database refuses, and why; of several tries the first.
 
         Raises pymysql.MySQLError for anything else, which is an outage, and no reason to drop a row.
         """
-        columns = self._look(connection).columns
-        values = [value for event in events for value in (*map(fit, event[:3], columns), event.recipient_count)]
+        self._look(connection)
+        values = [value for *_, event in rows for value in (*map(fit, event[:3], self._columns), event.recipient_count)]
+        words = ", ".join(each for _, each, _ in rows)
         try:
-            self._ask(connection, f"{self.INSERT} VALUES {{rows}} {self.ADD_UP}", values, tries, ", ".join(rows))
+            self._ask(connection, f"{self.INSERT} VALUES {{rows}} {self.ADD_UP}", values, tries, words)
         except pymysql.MySQLError as error:
-            if isinstance(error, (pymysql.DataError, pymysql.IntegrityError)) or error.args[0] in REFUSALS:
-                return error
-            raise
-        return None
+            if not isinstance(error, (pymysql.DataError, pymysql.IntegrityError)) and error.args[0] not in REFUSALS:
+                raise
+            if tries > 1 or len(rows) == 1:
+                return {rows[0][0]: error}
+            middle = len(rows) // 2  # the second half first: its equal rows must not fall on newer ones
+            return {**self._insert(connection, rows[middle:], 1), **self._insert(connection, rows[:middle], 1)}
+        return {}
 
     def usages(self, events: Sequence[Event], settings: Settings, deadline: float) -> list[Usage]:
         """Return, for each of the `events` just inserted, what its login had used with it.
@@ -1148,10 +1138,11 @@ class MariaDBRepository:
         """
         newest, sums = (text if settings.needs_hour else text.replace(self.OF_HOUR, "0")
                         for text in (self.NEWEST, self.SUMS))  # fmt: skip
-        rows: dict[str, int] = {}  # of each login that decide; an old table cuts several to one
-        unseen: dict[str, int] = {}  # of each, the recipients that were inserted
+        rows: dict[str, int] = {}  # of each: so many of its newest events decide; several may be cut to one
+        unseen: dict[str, int] = {}  # of each login: recipients that were inserted, and that no answer has shown yet
         with self._pool.connection(deadline) as connection:
-            column, long = self._look(connection).columns[0], self._long
+            self._look(connection)
+            column, long = self._columns[0], self._long
             logins = [fit(event.sasl_username, column) for event in events]
             for login, event in zip(logins, events):
                 rows[login] = max(settings.limits_of(event.sasl_username).rows, rows.get(login, 0))
@@ -1172,7 +1163,7 @@ class MariaDBRepository:
                 found, recorded = _usage_of(figures)
                 totals[login] = found
                 unseen[login] -= recorded
-                if found.recipients >= rows[login] and self.has_index:
+                if found.recipients >= rows[login] and not self.index_remedy:
                     long[login] = found.incidents
         # What is committed and not there was read elsewhere: from a replica, which lags for more logins than we see.
         # Whoever was forgiven meanwhile is no such case: that was recorded all the same.
@@ -1183,26 +1174,23 @@ class MariaDBRepository:
     def ask(self, statement: str, arguments: Mapping[str, object], deadline: float | None = None) -> list[Any]:
         """Run a statement in words that both stores know; return its rows, or [(rows changed,)].  For any thread.
 
-        The words, in braces: table, from_ (the same, read by login), by_time (the same, read by time), login (the
-        column, each login apart), of_login (it is %(login)s), place (of the client), now, age (in s), and `since NAME`
-        (less than PERIODS[NAME] seconds ago).  Without a deadline on a connection of its own, for ten minutes at most.
+        Without a deadline on a connection of its own, for ten minutes at most.
         """
         with self._pool.connection(deadline) as connection:
-            login = fit(str(arguments.get("login", "")), self._look(connection).columns[0])
+            self._look(connection)
+            login = fit(str(arguments.get("login", "")), self._columns[0])
             return self._ask(connection, statement, {**arguments, "login": login})
 
     def _ask(self, connection: Any, statement: str, arguments: object = None, tries: int = RACE_TRIES,
              rows: str = "") -> list[Any]:  # fmt: skip
-        """Run a statement in the words of ask(), and again where that is safe and promising.
+        """Run a statement in words, and again where that is safe and promising.
 
         Once only in a transaction: a deadlock rolls back all of it.
         """
         while True:
-            table = self._look(connection)
-            text = self._in_words(statement, f"`{self._name}`", table.login, table.force_index)
-            if "{" in text:  # an INSERT takes what is left of the time with it
-                left_s = min(DAY_S, connection.deadline - time.monotonic() - LATE_ROW_S)
-                text = text.format(left_s=f"{left_s:.6f}", rows=rows)
+            self._look(connection)
+            left_s = min(DAY_S, connection.deadline - time.monotonic() - LATE_ROW_S)  # of which an INSERT tells
+            text = statement.format(**self._words, left_s=f"{left_s:.6f}", rows=rows)
             try:
                 return _query(connection, text, arguments)
             except pymysql.MySQLError as error:
@@ -1210,17 +1198,6 @@ class MariaDBRepository:
                 if not tries or error.args[0] not in RETRIED:
                     raise
                 self._next_look = 0.0
-
-    @classmethod
-    @functools.lru_cache(maxsize=100)
-    def _in_words(cls, statement: str, table: str, login: str, force_index: str) -> str:
-        """Return a statement in this server's words, but for what is new each time; they are some dozens."""
-        since = {f"since {name}": f"ts > {cls.NOW} - INTERVAL {seconds} SECOND" for name, seconds in PERIODS.items()}
-        return statement.format(
-            table=table, from_=f"{table} {force_index}", by_time=f"{table} FORCE INDEX (PRIMARY)", login=login,
-            of_login=f"sasl_username = %(login)s AND {login} = %(login)s", place=cls.PLACE, now=cls.NOW, age=cls.AGE,
-            left_s="{left_s}", rows="{rows}", **since,
-        )  # fmt: skip
 
     def check(self, patience_s: float) -> str:
         """Return one line on the store, once it has been seen that events can be inserted and read: none are.
@@ -1231,10 +1208,10 @@ class MariaDBRepository:
         self.resolve()
         self._next_look = 0.0
         self.ask(f"{self.INSERT} {self.NO_ROW}", {}, time.monotonic() + patience_s)
-        found = f"{self}, logins of up to {self._table.columns[0][0]} characters"
-        if self.has_index:
+        found = f"{self}, logins of up to {self._columns[0][0]} characters"
+        if not self.index_remedy:
             return f"{found}, index on (sasl_username, ts)"
-        found += f", NO index on (sasl_username, ts): slow when it is large; {self._table.remedy}"
+        found += f", NO index on (sasl_username, ts): slow when it is large; {self.index_remedy}"
         log.warning(found)
         return found
 
@@ -1244,8 +1221,8 @@ class MariaDBRepository:
         caching_sha2_password needs the module only until the server remembers the login, that is, after its next start.
         """
         with self._pool.connection(deadline) as connection:
-            remedy = self._look(connection).remedy
-            found = [f"{remedy}: sums are slow without it"] if "INVISIBLE" in remedy else []
+            self._look(connection)
+            found = [f"{self.index_remedy}: sums are slow without it"] if "INVISIBLE" in self.index_remedy else []
             needs_key = "caching_sha2_password" in str(_query(connection, "SHOW CREATE USER CURRENT_USER()"))
             is_secure = connection._secure or not connection.password or importlib.util.find_spec("cryptography")
         if needs_key and not is_secure:
@@ -1273,25 +1250,29 @@ class MariaDBRepository:
                 return f"{self} is up to date"
             return f"upgraded {self}: wide columns of any character, index on (sasl_username, ts)"
 
-    def _look(self, connection: Any) -> Table:
-        """Return what is known of the table, looked at anew every minute: it may be upgraded under us.  For any thread.
+    def _look(self, connection: Any) -> None:
+        """Look at the table, if that was not done within a minute: it may be upgraded under us.  For any thread.
 
         Raises RepositoryUnavailable if it is not there; of a column that is not, the INSERT complains.
         """
         if time.monotonic() < self._next_look:
-            return self._table
+            return
         facts = _query(connection, self.FACTS, {"table": self._name})
         if not facts:
             raise RepositoryUnavailable(f"there is no {self}; create it with policyd --init-db")
-        columns = [(width or KEPT_TEXT, CODECS.get(charset, "ascii")) for width, charset, *_ in facts[:3]]
+        self._columns = [(width or KEPT_TEXT, CODECS.get(charset, "ascii")) for width, charset, *_ in facts[:3]]
         *_, collation, key, is_hidden = facts[0][:5]
         login = "sasl_username" if collation == "utf8mb4_bin" else self.BINARY
-        self.has_index = bool(key and not is_hidden)
-        force_index = f"FORCE INDEX (`{key}`)" if self.has_index else ""
         remedy = f"index {key} is IGNORED (MariaDB) or INVISIBLE (MySQL)" if is_hidden else "run policyd --init-db"
-        self._table = Table(columns, login, force_index, remedy)
+        self.index_remedy = "" if key and not is_hidden else remedy
+        table, force_index = f"`{self._name}`", "" if self.index_remedy else f"FORCE INDEX (`{key}`)"
+        self._words = {
+            "table": table, "from_": f"{table} {force_index}", "by_time": f"{table} FORCE INDEX (PRIMARY)",
+            "login": login, "of_login": f"sasl_username = %(login)s AND {login} = %(login)s",
+            "place": self.PLACE, "now": self.NOW, "age": self.AGE,
+            **{f"since {name}": f"ts > {self.NOW} - INTERVAL {seconds} SECOND" for name, seconds in PERIODS.items()},
+        }  # fmt: skip
         self._long, self._next_look = {}, time.monotonic() + MINUTE_S
-        return self._table
 
 
 class SQLiteRepository:
@@ -1300,13 +1281,14 @@ class SQLiteRepository:
     Each thread has a connection of its own; in a WAL, whoever reads delays nobody who writes.
     """
 
-    # ts in ms since 1970, UTC; the rest as in MariaDBRepository.  The application_id says up to which row id a journal
-    # has been moved: the rows stay until all have been, since deleting needs room, and the disk may be full.
+    # ts in ms since 1970, UTC; the rest as in MariaDBRepository.
     SCHEMA = """
         PRAGMA journal_mode = WAL;
         PRAGMA synchronous = FULL;  -- what was answered stays counted after a power cut
         CREATE TABLE IF NOT EXISTS events (ts INTEGER NOT NULL, sasl_username TEXT NOT NULL, sender TEXT NOT NULL,
             client_address TEXT NOT NULL, recipient_count INTEGER);
+    """
+    INDEXES = """
         CREATE INDEX IF NOT EXISTS login_ts ON events (sasl_username, ts, recipient_count, client_address);
         CREATE INDEX IF NOT EXISTS incidents ON events (sasl_username, ts, client_address)
             WHERE recipient_count IS NULL;
@@ -1315,21 +1297,17 @@ class SQLiteRepository:
     OF_LOGIN = "FROM events WHERE sasl_username = :login AND ts > :day"
     USAGE = (
         "SELECT coalesce(sum(recipient_count), 0), coalesce(sum(recipient_count * (ts > :hour)), 0),"
-        f" (SELECT group_concat(DISTINCT client_address) {OF_LOGIN} AND recipient_count IS NULL)"
+        " (SELECT group_concat(DISTINCT client_address) FROM events INDEXED BY incidents"  # else all are read
+        " WHERE sasl_username = :login AND ts > :day AND recipient_count IS NULL)"
         f" FROM (SELECT ts, recipient_count {OF_LOGIN} AND recipient_count > 0 ORDER BY ts DESC LIMIT :rows)"
     )
-    WAITING = "FROM events WHERE rowid > max(%(after)s, (SELECT application_id FROM pragma_application_id))"
-    FIRST = f"SELECT rowid, {EVENT_COLUMNS} {WAITING} ORDER BY rowid LIMIT %(limit)s"
-    BY_MINUTE = (
-        "SELECT count(*), max(ts), sasl_username, '', CASE WHEN recipient_count IS NULL THEN client_address END AS why,"
-        f" sum(recipient_count) {WAITING} GROUP BY sasl_username, ts / 60000, why"
-    )
-    has_index = True
+    FIRST = f"SELECT rowid, {EVENT_COLUMNS} FROM events ORDER BY rowid LIMIT ?"
+    index_remedy = ""  # there is one
     PURGE = "DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} WHERE NOT {since keep} LIMIT %(rows)s)"
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
         self.path = path
-        self.log_pages = 1000  # of the log of writes, before it is moved into the file: SQLite's own measure
+        self.more_schema = self.INDEXES  # a journal has other needs
         self._clock = clock
         self._connections: dict[int, sqlite3.Connection] = {}  # of each thread
         self._opened: os.stat_result | None = None  # the file of this name that was opened last
@@ -1389,34 +1367,19 @@ class SQLiteRepository:
         """See MariaDBRepository."""
         return f"{self.check()} is ready"
 
-    def first(self, limit: int = -1, after: int = 0, statement: str = FIRST) -> list[Row]:
-        """Return the first events that wait, or all, of those above row id `after`; or what else `statement` says."""
-        rows = self.ask(statement, {"after": after, "limit": limit})
-        return [(number, ts, Event(*event)) for number, ts, *event in rows]
-
-    def by_minute(self, after: int) -> list[Row]:
-        """Return the same added up by login and minute, with their number in place of the row id.
-
-        A million events are read in 10 s, in which nobody has an answer and the watchdog ends us; added up, in 1 or 2.
-        """
-        directory = os.path.dirname(self.path) or "."
-        if not os.path.lexists(self.path) and os.access(directory, os.X_OK):  # else it may be out of our reach
-            return []
-        return self.first(after=after, statement=self.BY_MINUTE)
+    def first(self, limit: int = -1) -> Iterator[Row]:
+        """Yield the first events, or all: one by one, since a million take half a gigabyte at once."""
+        with self._connection() as connection:
+            for number, ts, *event in connection.execute(self.FIRST, [limit]):
+                yield number, ts, Event(*event)
 
     def forget(self, upto: int) -> None:
-        """Let the events up to and with row id `upto` wait no more; when none does, empty the file.
-
-        Emptied, it gives its room back: an outage of days may have left a large one.
-        """
-        self.ask(f"PRAGMA application_id = {upto:d}", {})
-        if not self.first(1):
-            with contextlib.suppress(RepositoryUnavailable), self._connection() as connection:  # no room: another time
-                connection.execute("DELETE FROM events")
-                connection.execute("PRAGMA application_id = 0")
-                connection.commit()
-                connection.execute("VACUUM")
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # or what comes in its place would read its log
+        """Delete the events up to and with row id `upto`; an empty file gives its room back, which may be a lot."""
+        self.ask("DELETE FROM events WHERE rowid <= %(upto)s", {"upto": upto})
+        if not list(self.first(1)):
+            with contextlib.suppress(RepositoryUnavailable):  # no room: another time
+                self.ask("VACUUM", {})
+                self.ask("PRAGMA wal_checkpoint(TRUNCATE)", {})
 
     def is_gone(self) -> bool:
         """Tell whether another file, or none, is where the opened one was: what is written there is lost at the end.
@@ -1428,13 +1391,13 @@ class SQLiteRepository:
         except OSError as error:
             return error.errno == errno.ENOENT
 
-    def leave(self, after: int) -> list[Row]:
-        """Leave a file that is gone; return what first() still has of it, if it is open."""
+    def leave(self) -> list[Row]:
+        """Leave a file that is gone; return what is in it, if it is open."""
         rows: list[Row] = []
         if threading.get_ident() in self._connections:
             with contextlib.suppress(RepositoryUnavailable):
-                rows = self.first(after=after)
-                self.forget(self.ask("SELECT ifnull(max(rowid), 0) FROM events", {})[0][0])  # should it come back
+                rows = list(self.first())
+                self.ask("DELETE FROM events", {})  # should it come back
         self._leave()
         self._opened = None
         return rows
@@ -1447,8 +1410,7 @@ class SQLiteRepository:
             if me not in self._connections:
                 self._connections[me] = sqlite3.connect(self.path, timeout=0.1, check_same_thread=False)
                 self._connections[me].create_function("place", 1, place_of)
-                self._connections[me].executescript(self.SCHEMA)
-                self._connections[me].execute(f"PRAGMA wal_autocheckpoint = {self.log_pages:d}")
+                self._connections[me].executescript(self.SCHEMA + self.more_schema)
                 self._opened = os.stat(self.path)
             with self._connections[me] as connection:
                 yield connection
@@ -1474,14 +1436,9 @@ def open_repository(settings: Settings) -> Repository:
     return MariaDBRepository(settings) if settings.dbname else SQLiteRepository(settings.state_file("events.sqlite3"))
 
 
-def purge(repository: Repository, keep_days: int) -> Iterator[int]:
-    """Delete the events older than `keep_days`, a slice at a time; yield the number of each.  For any thread."""
-    while deleted := repository.ask(repository.PURGE, {"keep": keep_days * DAY_S, "rows": PURGE_SLICE})[0][0]:
-        yield deleted
-
-
 # ---- watch: what is asked beyond the sums, of the few for whom it matters ------------------------------------
 
+EARLY_FLOOR = 40  # recipients of an hour below which nobody's places are looked at in the path
 KNOWN_S = 600  # for how long is remembered what is known of logins
 NEWEST_ROWS = 2000  # of a login's hour in which its places are looked for in the path
 HISTORY_ROWS = 20_000  # of its day, and of its days before
@@ -1497,7 +1454,6 @@ class Watch:
 
     # The newest rows are found by the index, however long a history is.  Those of the day and those before it are
     # limited apart, or a thief's messages of today would crowd out where the login has been at home for weeks.
-
     NEWEST = "SELECT ts, client_address, recipient_count FROM {from_} WHERE {of_login} AND"
     NEWEST_FIRST = "ORDER BY ts DESC LIMIT %(rows)s"
     SIGHTINGS = (
@@ -1538,10 +1494,7 @@ class Watch:
 
     def look(self, events: Sequence[Event], usages: Sequence[Usage], settings: Settings,
              deadline: float | None) -> list[Usage]:  # fmt: skip
-        """Return the usages of `events` with what only a closer look tells; only with a deadline is the store asked.
-
-        Without one, in an outage, known incidents hold on, and no new sign is looked for.
-        """
+        """Return the usages with what only a closer look tells; without a deadline, in an outage, nothing is asked."""
         if deadline is not None and self._clock() >= self._forget_at:
             self._known, self._since, self._forget_at = {}, {}, self._clock() + KNOWN_S
         figures: dict[str, tuple[int, int, int]] = {}  # of those that were looked at: one look a batch
@@ -1638,7 +1591,7 @@ class LastKnown:
     """What a store was last seen to have of each login, and has got since: of a day, of at most 100,000 logins.
 
     By this whoever is held stays held in an outage.  A restart forgets it: a login then has its whole quota once more,
-    as far as the journal knows no better.  Times are in ms since 1970, as those of the events are.
+    as far as the journal knows no better.  Times are in ms, always of the same clock.
     """
 
     def __init__(self) -> None:
@@ -1652,14 +1605,21 @@ class LastKnown:
         while len(self._usages) > LAST_KNOWN_LOGINS:
             self._usages.popitem(last=False)
 
-    def grow(self, rows: Iterable[Row], sign: int = 1) -> None:
-        """Add events, or take them away again, by the minute: who sends all day shall not be a long list."""
-        for _, ms, event in rows:
-            minute = ms + -ms % 60_000  # rounded up: rather too hard for a minute than too soft
-            recipients = sign * (event.recipient_count or 0)
-            more = Usage(recipients, recipients, frozenset([event.client_address] * (event.recipient_count is None)))
+    def grow(self, rows: Iterable[Row], sign: int = 1) -> int:
+        """Add events, or take them away again, by the minute: who sends all day shall not be a long list.
+
+        Return their number.
+        """
+        number = 0
+        for number, (_, ms, event) in enumerate(rows, 1):  # noqa: B007 - that of the last one is all there are
+            minute = -(-ms // 60_000) * 60_000  # its end: rather too hard for a minute than too soft
             known = self._usages.setdefault(event.sasl_username, {})
-            known[minute] = known.get(minute, NOTHING).plus(more)
+            recipients, of_hour, incidents, *_ = known.get(minute, NOTHING)
+            more = sign * (event.recipient_count or 0)
+            if event.recipient_count is None:
+                incidents |= {event.client_address}
+            known[minute] = Usage(recipients + more, of_hour + more, incidents)
+        return number
 
     def get(self, login: str, now: int) -> Usage:
         """Return what was used, as far as it is known and not too old."""
@@ -1673,32 +1633,30 @@ class LastKnown:
 class Journal:
     """Events that the store could not take: in a file, or in memory while that cannot be written.
 
-    An event waits here until the store has committed it, and the file says so.  A crash in between, a connection lost
-    in the middle of an INSERT, or a frozen server that wakes up may count one slice twice, not more: no other slice is
-    moved before the file says so of the last one.  Nothing is counted zero times: unreadable is not empty.
+    An event waits here until the store has committed it.  A crash in between, a connection lost in the middle of an
+    INSERT, or a frozen server that wakes up may count one slice twice, not more: no other slice is moved before the
+    last one is deleted.  Nothing is counted zero times: unreadable is not empty.
 
     Whatever is wrong with the file is tried again every minute and at the end, and not with each event: a disk that
-    fails may take its time.  What waits is known in memory by login and minute, so that no sum asks the file.  Only the
-    recorder's thread comes here; the others may look at `place` and `waiting`.
+    fails may take its time.  What waits is known in memory, too, so that no sum asks the file.  Only the recorder's
+    thread comes here; the others may look at `trouble` and `waiting`.
     """
 
     def __init__(self, file: SQLiteRepository, clock: Callable[[], float] = time.monotonic) -> None:
+        # It is read from its beginning only: without indexes it is written four times as fast.  And a small disk shall
+        # hold it: SQLite's usual log of writes may fill that alone, and to overwrite what is deleted takes room, too.
+        file.more_schema = "PRAGMA wal_autocheckpoint = 32; PRAGMA secure_delete = OFF"
         self._file = file
-        self._file.log_pages = 32  # or the log of writes alone fills a small disk
         self._clock = clock
-        self.now_ms, self.close = file.ms_ago, file.close
+        self.path, self.now_ms, self.close = file.path, file.ms_ago, file.close
+        self._directory = os.path.dirname(file.path) or "."
         self.kept: list[Row] = []  # in memory only: what the file could not take
-        self._in_file: int | None = None  # events that wait there; None: it cannot be read
-        self._moved = 0  # row id up to which the store has all, though the file does not say so yet
+        self._in_file: int | None = None  # events that wait there; None: not seen yet, or unreadable (`trouble`)
+        self._moved = 0  # row id up to which the store has all, though it could not be deleted yet
         self.known = LastKnown()  # what waits, in memory and in the file
         self.trouble = ""  # what is wrong with the file
         self._next_look = 0.0
         self._slice = REPLAY_SLICE  # rows; halved when the store does not take them, doubled each minute
-
-    @property
-    def place(self) -> str:
-        """Where the next event goes."""
-        return "memory" if self.trouble else self._file.path
 
     @property
     def waiting(self) -> int:
@@ -1714,34 +1672,37 @@ class Journal:
         return self._clock() >= self._next_look or (bool(self._in_file) and self._file.is_gone())
 
     def look(self) -> None:
-        """Mend what can be mended: see what waits in the file, say there what was moved, write what was kept.
+        """Mend what can be mended: delete what was moved, see what waits in the file, write what was kept.
 
-        A file that was removed while it was open is still there, for us alone: what waits in it goes to memory first.
+        While all is well mail waits for no disk.  A file that was removed while it was open is still there, for us
+        alone: what waits in it goes to memory first.
         """
         self._next_look = self._clock() + MINUTE_S
         self._slice = min(REPLAY_SLICE, 2 * self._slice)
-        is_first = self._in_file is None and not self.trouble
+        is_gone = self._file.is_gone()
+        if self._in_file is not None and not self.trouble and not is_gone:
+            return
         with self._or_trouble():
-            if self._file.is_gone():
-                self.kept = self._file.leave(self._moved) + self.kept
+            if is_gone:
+                self.kept = [row for row in self._file.leave() if row[0] > self._moved] + self.kept
                 self._in_file, self._moved = None, 0
-            if self.trouble or not self._in_file:  # else it has what we have put there: no need to read it all again
-                self._in_file = None
-                in_file = self._file.by_minute(self._moved)
-                self._in_file = sum(number for number, _, _ in in_file)
-                self.known = LastKnown()
-                self.known.grow(in_file + self.kept)
             if self._moved:
                 self._file.forget(self._moved)
                 self._moved = 0
-            if is_first or self.trouble or self.kept:  # while all is well, mail waits for no disk
-                self._file.check()
-                self._write()
+            if not self._in_file:  # else it has what we have put there
+                self._in_file = None
+                # If there is none nothing waits in it, though it could not be made now; but it may be out of our reach.
+                is_none = not os.path.lexists(self.path) and os.access(self._directory, os.X_OK)
+                self.known = LastKnown()
+                self.known.grow(self.kept)
+                self._in_file = 0 if is_none else self.known.grow(self._file.first())
+                if self._in_file and not self.trouble:
+                    log.warning(f"{self._in_file} events of an earlier outage wait in the journal")
+            self._file.check()
+            self._write()
             if self.trouble:
-                path, self.trouble = self._file.path, ""
-                log.error(f"no outage journal: over, {path} can be used again; {self.waiting} events wait in it")
-            elif is_first and self._in_file:
-                log.warning(f"{self._in_file} events of an earlier outage wait in the journal")
+                self.trouble = ""
+                log.error(f"no outage journal: over, {self.path} can be used again; {self.waiting} events wait in it")
 
     @contextlib.contextmanager
     def _or_trouble(self) -> Iterator[None]:
@@ -1755,8 +1716,8 @@ class Journal:
 
     def _write(self) -> None:
         """Write to the file what is in memory only; raises RepositoryUnavailable, also for want of room."""
-        if shutil.disk_usage(os.path.dirname(self._file.path) or ".").free < SPARE_BYTES:
-            raise RepositoryUnavailable(f"{self._file.path}: its disk is full")
+        if shutil.disk_usage(self._directory).free < SPARE_BYTES:
+            raise RepositoryUnavailable(f"{self.path}: its disk is full")
         self._file.insert([event for _, _, event in self.kept], 0, [ms for _, ms, _ in self.kept])
         self._in_file = (self._in_file or 0) + len(self.kept)
         self.kept = []
@@ -1781,7 +1742,7 @@ class Journal:
         rows = self.kept[: self._slice]
         if not rows and self._in_file and not self._moved:
             with self._or_trouble():
-                rows = self._file.first(self._slice)
+                rows = list(self._file.first(self._slice))
             self._in_file = self._in_file if rows else None  # look() will see; this is not tried in each turn
         if not rows:
             return []
@@ -1831,7 +1792,7 @@ class Recorder:
         self._waiting: queue.SimpleQueue[Waiting] = queue.SimpleQueue()
         self._told: queue.SimpleQueue[tuple[list[Waiting], Sequence[Usage | None]] | None] = queue.SimpleQueue()
         self._batches = self._batches_told = 0  # of this queue: put in by one thread, and done with by the other
-        self._busy_since = float(NEVER)  # since when whoever waits for the recorder's thread has come
+        self._busy_since = clock()  # since when whoever waits for the recorder's thread has come; or the last turn
         self._away = threading.Event()  # set by the recorder's thread, cleared by the one that finds the store
         self._away.set()
         self.looked = threading.Event()  # is it known by now whether the store is there, and what is in the journal?
@@ -1843,7 +1804,7 @@ class Recorder:
         self.threads = [threading.Thread(target=work, daemon=True) for work in works]
 
     def start(self) -> None:
-        """Start the threads; events may come at once, and wait for the first look at the stores as long as they may."""
+        """Start the threads; events may come at once."""
         for thread in self.threads:
             thread.start()
 
@@ -1856,7 +1817,7 @@ class Recorder:
 
     def longest_wait_s(self) -> float:
         """Return for how long, at most, an event has waited: in the queue, in a batch or behind a replay."""
-        return max(0.0, self._clock() - self._busy_since)
+        return self._clock() - self._busy_since
 
     def down_s(self) -> float | None:
         """Return for how long the store has been away, or None: it is there."""
@@ -1907,10 +1868,7 @@ class Recorder:
             else:
                 self._batches += 1
                 self._told.put((batch, usages))
-        self._busy_since = began
-        has_moved = self._move_slice(began + BATCH_DEADLINE_S)
-        self._busy_since = float(NEVER)
-        return has_moved
+        return self._move_slice(began + BATCH_DEADLINE_S)
 
     def finish(self) -> None:
         """At the end, do what can still be done for the events that are in memory only."""
@@ -1961,7 +1919,7 @@ class Recorder:
 
         If it has them and cannot tell, they are not journaled: they would count twice.
         """
-        now = self.journal.now_ms()
+        now, clock = self.journal.now_ms(), int(self._clock() * 1000)  # that of the wall may be set meanwhile
         logins = [event.sasl_username for event in events]
         known = {} if self.journal.is_empty() else {login: self.journal.known.get(login, now) for login in logins}
         usages: list[Usage] = []
@@ -1969,13 +1927,13 @@ class Recorder:
             with self._or_outage():
                 usages = self._repository.usages(events, self.settings, deadline)
                 for login, usage in zip(logins, usages):
-                    self._last_known.put(login, usage, now)
+                    self._last_known.put(login, usage, clock)
                 if known:
                     usages = [usage.plus(known[login]) for login, usage in zip(logins, usages)]
                 return self.watch.look(events, usages, self.settings, deadline)
             if not usages:
-                self._last_known.grow((0, now, event) for event in events)  # it has them, though it does not tell
-        totals = {login: self._last_known.get(login, now).plus(known.get(login, NOTHING)) for login in logins}
+                self._last_known.grow((0, clock, event) for event in events)  # it has them, though it does not tell
+        totals = {login: self._last_known.get(login, clock).plus(known.get(login, NOTHING)) for login in logins}
         return self.watch.look(events, run_up(logins, events, totals), self.settings, None)
 
     @contextlib.contextmanager
@@ -2000,7 +1958,8 @@ class Recorder:
         if not self._reason:
             self._down_since = self._clock()
         if reason != self._reason:
-            log.error(f"ERROR while UPDATING db: {reason}; counting in {self.journal.place} until it is back")
+            place = "memory" if self.journal.trouble else self.journal.path
+            log.error(f"ERROR while UPDATING db: {reason}; counting in {place} until it is back")
             self._reason = reason
 
     def look_for_store(self) -> None:
@@ -2028,15 +1987,16 @@ class Recorder:
 
     def _move_slice(self, deadline: float) -> bool:
         """Move a slice of the journal to the store, if both can; when nothing is left there, the outage is over."""
-        if self.journal.is_empty() and not (self._reason or self._replayed):
-            return False  # there is no outage
+        is_outage = self._reason or self._replayed or not self.journal.is_empty()
+        if not is_outage or self._away.is_set() or deadline - self._clock() < LEAST_LEFT_S:
+            return False
         moved: list[Row] = []
-        if not self._away.is_set() and deadline - self._clock() >= LEAST_LEFT_S:
-            with self._or_outage():
-                moved = self.journal.replay(self._repository, deadline)
-        self._last_known.grow(moved)
+        with self._or_outage():
+            moved = self.journal.replay(self._repository, deadline)
+        ahead = self.journal.now_ms() - int(self._clock() * 1000)
+        self._last_known.grow((0, ms - ahead, event) for _, ms, event in moved)
         self._replayed += len(moved)
-        if (self._reason or self._replayed) and self.journal.is_empty() and not self._away.is_set():
+        if self.journal.is_empty():
             seconds = self._clock() - self._down_since
             log.error(f"ERROR while UPDATING db: over after {seconds:.0f} s, {self._replayed} events replayed")
             self._reason, self._replayed = "", 0
@@ -2046,7 +2006,7 @@ class Recorder:
 # ---- server: connections in, answers out ---------------------------------------------------------------------
 #
 # One message travels one way: Policy.answer() -> _judge() by the lists, or else through Recorder.record() ->
-# _conclude(), which decides and logs -> _settle() -> PolicyHandler._reply().  The thread of the connection goes as far
+# _conclude(), which decides and logs -> settle() -> PolicyHandler._reply().  The thread of the connection goes as far
 # as record(); from there on it is one of the recorder's, for which all others wait.
 
 LAST_ANSWERS = 10_000  # that are remembered, and whose times the p99 is of
@@ -2062,36 +2022,32 @@ class Figures:
         self.spared = {"HOLD": 0, "REJECT": 0}  # what would have been held or refused, were it not for an audit
         self._held: dict[str, float] = {}  # when a login was last held or refused, if it was so the last time
         self._times: collections.deque[float] = collections.deque(maxlen=LAST_ANSWERS)  # s
-        self._lock = threading.Lock()  # guards all of them
+        self._lock = threading.Lock()  # guards the counts; of the others each use is a single step
 
     def count(self, action: str, seconds: float) -> None:
         """Count an answer and the time it took."""
+        self._times.append(seconds)
         with self._lock:
             self.answered[action] += 1
-            self._times.append(seconds)
 
     def note(self, login: str, action: str, is_audit: bool = False) -> None:
         """Keep in mind whether this login is held or refused now, or would be, were it not for an audit."""
-        if action == "DUNNO" and login not in self._held:
-            return  # without waiting for the lock
-        with self._lock:
+        if action == "DUNNO":
             self._held.pop(login, None)
-            if action != "DUNNO":
-                self._held[login] = self._clock()
-                self.spared[action] += is_audit
+            return
+        self._held[login] = self._clock()
+        with self._lock:
+            self.spared[action] += is_audit
 
     def logins_held(self) -> int:
         """Return how many logins were held or refused when they last sent, within 24 h."""
         since = self._clock() - DAY_S
-        with self._lock:
-            self._held = {login: when for login, when in self._held.items() if when > since}
-            return len(self._held)
+        return sum(when > since for when in list(self._held.values()))
 
     def p99_s(self) -> float:
         """Return the time that 99 % of the last answers kept to; 0 if there is none."""
-        with self._lock:
-            times = sorted(self._times)
-        return times[(len(times) * 99 - 1) // 100] if times else 0.0
+        times = sorted(self._times.copy()) or [0.0]
+        return times[(len(times) * 99 - 1) // 100]
 
 
 class Policy:
@@ -2101,15 +2057,17 @@ class Policy:
     whose answer got lost or was late, and asks at DATA and at END-OF-MESSAGE if told to; `instance` is the same then.
     """
 
-    def __init__(self, settings: Settings, recorder: Recorder, tell: Callable[[dict[str, object]], None]) -> None:
-        self.settings = settings  # replaced whole by a reload
+    def __init__(self, recorder: Recorder, tell: Callable[[dict[str, object]], None]) -> None:
         self.figures = Figures()
-        self._recorder = recorder
+        self.recorder = recorder  # its settings are ours
         self._tell = tell  # of an incident
         # Of the last messages who waits for the answer, or the answer.  (A plain dict is slow to lose its first key.)
         self._asked: collections.OrderedDict[object, list[Reply] | str] = collections.OrderedDict()
         self._lock = threading.Lock()  # guards it: once it has the answer, nobody begins to wait
         self._on_its_way: set[tuple[str, str]] = set()  # a login and a word of its incident that is being recorded
+        self._swept = float(-DAY_S)  # who has sent since then is to be swept; at first all logins
+        self._would_hold: dict[str, float] = {}  # of whom a sweep has said so in an audit, and when
+        self._is_sweep_failing = False  # it is said once
 
     def answer(self, request: PolicyRequest, peer: str, reply: Reply) -> None:
         """Call reply(access(5) action) once, now or from a thread of the recorder's, so that it must not block.
@@ -2133,25 +2091,23 @@ class Policy:
             if len(self._asked) > LAST_ANSWERS:
                 self._asked.popitem(last=False)
         if isinstance(known, str):
-            reply(known)
-        else:  # this is the first time
-            settle = functools.partial(self._settle, key, waiting)
-            try:
-                self._judge(request, settle)
-            except Exception:
-                settle("DUNNO")  # a fault of ours: nobody waits for it, and it is logged as one
-                raise
+            return reply(known)
 
-    def _settle(self, key: object, waiting: list[Reply], answer: str) -> None:
-        """Answer all who wait, without the lock.  When the recorder met a fault of ours here, it comes once more."""
-        with self._lock:
-            self._asked[key] = answer
-        while waiting:
-            waiting.pop()(answer)
+        def settle(answer: str) -> None:
+            with self._lock:
+                self._asked[key] = answer
+            while waiting:  # after a fault in here the recorder comes again: who has an answer is not there any more
+                waiting.pop()(answer)
+
+        try:
+            self._judge(request, settle)
+        except Exception:
+            settle("DUNNO")  # a fault of ours: nobody waits for it, and it is logged as one
+            raise
 
     def _judge(self, request: PolicyRequest, settle: Reply) -> None:
         """Settle a message by the lists, which beat each other in this order, or when the recorder has counted it."""
-        settings = self.settings  # one state to the end: after a reload a quota may need to know more than was asked
+        settings = self.recorder.settings  # one state to the end: after a reload a quota may need to know more
         # No longer than the table keeps them: what waits for the store takes no more room than its rows.
         login = settings.login_of(request.sasl_username)[:KEPT_TEXT]
         client_address = request.client_address[:KEPT_TEXT]
@@ -2166,7 +2122,7 @@ class Policy:
               and in_office_hours(time.localtime(), settings.whitelist_days, settings.whitelist_hours)):  # fmt: skip
             listed = Verdict("DUNNO", said="skipping whitelisted user")
         else:
-            return self._recorder.record(event, lambda usage: settle(self._conclude(request, event, settings, usage)))
+            return self.recorder.record(event, lambda usage: settle(self._conclude(request, event, settings, usage)))
         settle(self._conclude(request, event, settings, None, listed))
 
     def _conclude(self, request: PolicyRequest, event: Event, settings: Settings, usage: Usage | None,
@@ -2177,11 +2133,9 @@ class Policy:
         An audit only says what it would do, but for a block, which is a human's word.
         """
         message = "/".join(map(str, event))
-        who = f": {message}"
         if usage:
             log.info(f"Updating db: {message}/{usage.recipients}")
             verdict = decide(usage, settings.limits_of(event.sasl_username, request.sasl_username))
-            who = f" for user {event.sasl_username} using {event.sender} from ip [{event.client_address}]"
         # Where Postfix has no queue id it delivers in spite of HOLD.  (Who types a request by hand gives no state.)
         if not request.queue_id and request.protocol_state in ("END-OF-MESSAGE", "DATA"):
             log.complain("proxy", "Postfix cannot hold what goes into smtpd_proxy_filter: what should be is refused;"
@@ -2190,20 +2144,23 @@ class Policy:
                 verdict = verdict._replace(action="REJECT")  # better a sender who asks than a thief who is served
         is_early = verdict.rule in LASTING[1:] and settings.early_signs == "audit"
         is_audit = (is_early or settings.mode == "audit") and verdict.rule != "blocked"
-        self.figures.note(event.sasl_username, verdict.action, is_audit)
+        if usage or verdict.action != "DUNNO":  # what is not counted says nothing of a login that is held
+            self.figures.note(event.sasl_username, verdict.action, is_audit)
         if verdict.action == "DUNNO":
             if verdict.said:
-                log.info(verdict.said + who)
+                log.info(f"{verdict.said}: {message}")
             return "DUNNO"
+        login, sender, client_address, _ = event
+        who = f" for user {login} using {sender} from ip [{client_address}]" if usage else f": {message}"
         word, text = "REJECTING", settings.reject_message
         if verdict.action == "HOLD":
             word, text = "DEFERRING" if usage else "Holding", settings.hold_message
-        queue_id = f", queue_id={request.queue_id}" if request.queue_id else ""  # which held message is it?
+        queue_id = f", queue_id={request.queue_id[:KEPT_TEXT]}" if request.queue_id else ""  # which held message is it?
         log.info(f"{f'would {verdict.action}' if is_audit else word} {verdict.said}{who}{queue_id}")
         if is_audit:
             return "DUNNO"
         if usage:
-            self._note_incident(event, verdict, usage, request.queue_id)
+            self._note_incident(event, verdict, usage, request.queue_id[:KEPT_TEXT])
         return f"{verdict.action} {verdict.reason}" + (f"; {text}" if text else "")
 
     def _note_incident(self, event: Event, verdict: Verdict, usage: Usage, queue_id: str) -> None:
@@ -2220,10 +2177,37 @@ class Policy:
         self._on_its_way |= new
         incident = Event(login, "", verdict.incident, None)
         # One that the store refuses stays on its way: it is told of once, not with each message.
-        self._recorder.record(incident, lambda usage: self._on_its_way.difference_update(new if usage else ()))
-        self.tell(event, verdict, usage.recipients, queue_id)
+        self.recorder.record(incident, lambda usage: self._on_its_way.difference_update(new if usage else ()))
+        self._tell_human(event, verdict, usage.recipients, queue_id)
 
-    def tell(self, event: Event, verdict: Verdict, recipients: int, queue_id: str = "") -> None:
+    def sweep(self, repository: Repository, clock: Callable[[], float] = time.monotonic) -> float:
+        """Hold who shows an early sign: of all logins after a start or an outage, else of those that have sent since.
+
+        Return the seconds until the next time.  Until the journal is in the store, the past is not at hand.
+        """
+        settings, now = self.recorder.settings, clock()
+        if settings.early_signs == "no" or self.recorder.down_s() is not None or self.recorder.journal.waiting:
+            self._swept = -DAY_S
+            return MINUTE_S
+        try:
+            if remedy := repository.index_remedy:
+                raise RepositoryUnavailable(f"they need the index on (sasl_username, ts); {remedy}")
+            for login, verdict, recipients in self.recorder.watch.sweep(settings, min(DAY_S, now - self._swept)):
+                if "audit" not in (settings.mode, settings.early_signs):
+                    log.info(f"Held by the sweep: {login}, {verdict.said}")
+                    self._tell_human(Event(login, "", "", None), verdict, recipients)
+                elif now - self._would_hold.get(login, -DAY_S) >= DAY_S:  # no incident is recorded: found each time
+                    self._would_hold[login] = now
+                    log.info(f"would HOLD {verdict.said} for user {login}, found by the sweep")
+            self._is_sweep_failing, self._swept = False, now - MINUTE_S  # an event's time is before its commit
+        except RepositoryUnavailable as error:
+            if not self._is_sweep_failing:
+                log.warning(f"no sweep for early signs, trying each minute: {error}")
+            self._is_sweep_failing = True
+        # Relays that were started together shall not sweep together: two would find the same thief, and tell twice.
+        return random.uniform(0.9, 1.1) * MINUTE_S
+
+    def _tell_human(self, event: Event, verdict: Verdict, recipients: int, queue_id: str = "") -> None:
         """Tell a human of an incident that begins now, in the words that on_stop= promises its program (policyd.8)."""
         self._tell({
             "login": event.sasl_username, "rule": verdict.incident, "recipients": recipients,
@@ -2236,8 +2220,8 @@ class Policy:
 def listening_address(bind: str, port: int) -> tuple[int, Any, str]:
     """Return family and address for a socket, and what Postfix calls it; raises OSError.
 
-    A name is looked up once, here: the start line, the status and --check show the address that it stood for.  IPv4
-    first: Postfix's line names 127.0.0.1, and a localhost of ::1 alone would be refused in silence.
+    A name is looked up once, so that all show the address that it stood for.  IPv4 first: Postfix's line names
+    127.0.0.1, and a localhost of ::1 alone would be refused in silence.
     """
     if bind.startswith("/"):
         return socket.AF_UNIX, bind, wire_name(bind, port)
@@ -2248,9 +2232,9 @@ def listening_address(bind: str, port: int) -> tuple[int, Any, str]:
 
 
 class PolicyHandler(socketserver.BaseRequestHandler):
-    """One connection of one smtpd process: requests line by line, any number of them, until it hangs up.
+    """One connection of one smtpd process, which keeps it open for hours, mostly idle, for any number of requests.
 
-    Postfix keeps it open for hours, mostly idle, and sleeps a second before it asks again a server that hung up.
+    It sleeps a second before it asks again a server that hung up.
     """
 
     server: PolicyServer
@@ -2258,13 +2242,12 @@ class PolicyHandler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """Answer requests until the end of the connection, a time-out, or a peer that speaks something else.
 
-        One too many is closed at once, which Postfix takes for a server that is down; in the queue it would wait.
-        64 descriptors are for database, store and log: without any left, accepting would fail.
+        One too many is closed at once: in the queue it would wait.  64 descriptors are for database, store and log.
         """
         policy, connections = self.server.policy, self.server.connections
-        most = min(policy.settings.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64)
+        most = min(policy.recorder.settings.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64)
         peer = self.client_address[0] if self.client_address else "the Unix socket"
-        self._answered = threading.Lock()  # held while an answer is owed
+        self._answered = threading.Lock()  # held while an answer is owed: released by the thread that gives it
         connections.add(self.request)
         try:
             if len(connections) > most:
@@ -2327,6 +2310,8 @@ class PolicyServer(socketserver.ThreadingTCPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a fault of ours, the last net: this connection gets no answer, the others go on."""
+        if "can't start new thread" in str(error := sys.exc_info()[1]):  # say because of systemd's TasksMax
+            return log.complain("accept", f"cannot serve a connection: {error}")
         log.error(f"internal error: {traceback.format_exc()}")
 
     def drain(self, deadline: float) -> None:
@@ -2353,25 +2338,27 @@ def sd_notify(*lines: str) -> None:
         systemd.sendto("\n".join(lines).encode(), address)
 
 
-def write_file(path: str, text: str, mode: int) -> None:
-    """Write a file in such a way that nobody ever reads half of it; where that cannot be, complain: mail flows.
+unwritten: set[str] = set()  # files that have been complained of since they could last be written
 
-    Not fsynced: after a power cut the last version may be missing, and no file written here is worth the wait.
-    """
+
+def write_file(path: str, text: str, mode: int) -> None:
+    """Write a file so that nobody ever reads half of it, or complain: mail flows.  After a power cut it may be gone."""
     try:
         with open(f"{path}.new", "w", encoding="utf-8") as file:
             os.fchmod(file.fileno(), mode)
             file.write(text)
         os.replace(f"{path}.new", path)
+        unwritten.discard(path)
     except OSError as error:
-        log.complain(path, f"{path} cannot be written: {error.strerror}")
+        if path not in unwritten:  # once, not once a minute
+            log.warning(f"{path} cannot be written: {error.strerror}")
+        unwritten.add(path)
 
 
 class OnStop:
     """Runs the program of on_stop= when a login is stopped, in a thread of its own: no request waits for it.
 
-    What the program has not been told stands in a file, too, from before its first run until it has ended with 0, and
-    is told after a restart: rather twice than never.
+    What it has not been told stands in a file, too, and is told after a restart: rather twice than never.
     """
 
     def __init__(self, path: str, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
@@ -2427,64 +2414,20 @@ class OnStop:
         return f"not done after {MINUTE_S} s"
 
 
-@dataclasses.dataclass
-class Housekeeper:
-    """Sweeps and purges, each in a thread of its own: a purge takes as long as it takes, and no sweep waits for it.
+def purge(repository: Repository, recorder: Recorder) -> float:
+    """Delete the oldest events, slice by slice; return the seconds until the next purge.
 
-    Both have connections of their own as well: requests never wait for theirs.
+    Without the right to DELETE policyd counts all the same, and warns each hour.
     """
-
-    repository: Repository
-    recorder: Recorder
-    policy: Policy
-    clock: Callable[[], float] = time.monotonic
-    since: float = -DAY_S  # who has sent since then is to be swept; at first all logins
-    audited: dict[str, float] = dataclasses.field(default_factory=dict)  # who would have been held, when it was said
-    is_failing: bool = False  # the sweep; it is said once
-
-    def purge(self) -> float:
-        """Delete the oldest events, slice by slice; return the seconds until the next purge.
-
-        Without the right to DELETE policyd counts all the same, and warns each hour.
-        """
-        keep_days = self.policy.settings.keep_days
-        try:
-            deleted = sum(purge(self.repository, keep_days))
-        except RepositoryUnavailable as error:
-            log.warning(f"old events stay for now: {error}")
-            return HOUR_S
-        log.info(f"purged {deleted} events older than {keep_days} days")
-        return DAY_S
-
-    def sweep(self) -> float:
-        """Sweep: at the start and after an outage all logins, else those that have sent since the last good sweep.
-
-        Return the seconds until the next one.  In an outage, and until the journal is in the store, the past is not at
-        hand.
-        """
-        settings, now = self.policy.settings, self.clock()
-        is_up = self.recorder.down_s() is None and self.recorder.journal.is_empty()
-        if settings.early_signs == "no" or not is_up:
-            self.since = -DAY_S
-            return MINUTE_S
-        try:
-            if not self.repository.has_index:
-                raise RepositoryUnavailable("they need the index on (sasl_username, ts); run policyd --init-db")
-            for login, verdict, recipients in self.recorder.watch.sweep(settings, min(DAY_S, now - self.since)):
-                if "audit" not in (settings.mode, settings.early_signs):
-                    log.info(f"Held by the sweep: {login}, {verdict.said}")
-                    self.policy.tell(Event(login, "", "", None), verdict, recipients)
-                elif now - self.audited.get(login, -DAY_S) >= DAY_S:  # no incident is recorded: it is found each time
-                    self.audited[login] = now
-                    log.info(f"would HOLD {verdict.said} for user {login}, found by the sweep")
-            self.is_failing = False
-            self.since = now - MINUTE_S  # an event's time is a little earlier than its commit
-        except RepositoryUnavailable as error:
-            if not self.is_failing:
-                log.warning(f"no sweep for early signs, trying each minute: {error}")
-            self.is_failing = True
-        # Relays that were started together shall not sweep together: two would find the same thief, and tell twice.
-        return random.uniform(0.9, 1.1) * MINUTE_S
+    keep_days = recorder.settings.keep_days
+    words = {"keep": keep_days * DAY_S, "rows": PURGE_SLICE}
+    try:
+        deleted = sum(iter(lambda: repository.ask(repository.PURGE, words)[0][0], 0))
+    except RepositoryUnavailable as error:
+        log.warning(f"old events stay for now: {error}")
+        return HOUR_S
+    log.info(f"purged {deleted} events older than {keep_days} days")
+    return DAY_S
 
 
 class Daemon:
@@ -2512,8 +2455,7 @@ class Daemon:
         with contextlib.suppress(OSError):
             os.unlink(settings.state_file("notified.json"))  # of 0.1
         # Signals, a byte each, from whichever thread the kernel hands one to: when it is one that just begins, the main
-        # one sleeps on.  One that comes while another is acted upon waits for its turn, and interrupts nothing.  None
-        # is blocked: what on_stop= runs would inherit that.
+        # one sleeps on.  Each waits for its turn.  None is blocked: what on_stop= runs would inherit that.
         self._signals, self.wakeup = os.pipe()
         os.set_blocking(self.wakeup, False)  # as signal.set_wakeup_fd() asks
         self.actions: dict[int, Callable[[], None]] = {
@@ -2529,27 +2471,25 @@ class Daemon:
         journal = Journal(SQLiteRepository(settings.state_file("journal.sqlite3")))
         self._recorder = Recorder(self._repository, journal, settings)
         self._on_stop = OnStop(settings.state_file("incidents.json"), settings)
-        self._policy = Policy(settings, self._recorder, self._on_stop.incidents.put)
+        self._policy = Policy(self._recorder, self._on_stop.incidents.put)
         self.server = PolicyServer(settings.bind, settings.port, self._policy)
-        housekeeper = Housekeeper(self._repository, self._recorder, self._policy)
-        # The purge a minute later: the store has been found by then, and the mail that had waited is through.
-        works = [(self.publish, 0), (self._on_stop.turn, 0), (housekeeper.sweep, 0), (housekeeper.purge, MINUTE_S)]
+        # Each in a thread of its own: a purge takes as long as it takes, and no sweep waits for it.  It comes a minute
+        # later: the store has been found by then, and the mail that had waited is through.
+        works = [(0, self.publish), (0, self._on_stop.turn), (0, self._policy.sweep, self._repository),
+                 (MINUTE_S, purge, self._repository, self._recorder)]  # fmt: skip
         self._threads = [threading.Thread(target=self._repeat, args=work, daemon=True) for work in works]
         self._threads.append(threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True))
 
-    def _repeat(self, work: Callable[[], float], pause_s: float) -> None:
+    def _repeat(self, pause_s: float, work: Callable[..., float], *arguments: object) -> None:
         """Do `work` until we end, each time after the seconds that it has asked for.
 
         What it raises is a fault of ours: this thread ends, and the watchdog has us started anew.
         """
         while not self._closing.wait(pause_s):
-            pause_s = work()
+            pause_s = work(*arguments)
 
     def run(self) -> None:
-        """Serve, and do what signals ask for, until we end.
-
-        What systemd hears each time ends its waiting for the start or a reload, too.
-        """
+        """Serve, and do what signals ask for, until we end."""
         self._recorder.start()
         self._recorder.looked.wait(BATCH_DEADLINE_S)  # the first status shall be true, and the first mail not journaled
         for thread in self._threads:
@@ -2558,7 +2498,7 @@ class Daemon:
         while not self._closing.is_set():
             log.tick(time.monotonic())
             if self.is_well():
-                sd_notify("READY=1", "WATCHDOG=1", f"STATUS={self.status()}")
+                sd_notify("READY=1", "WATCHDOG=1", f"STATUS={self.status()}")  # the start, or a reload, is over, too
             if select.select([self._signals], [], [], pause)[0]:
                 self.actions[os.read(self._signals, 1)[0]]()
 
@@ -2611,10 +2551,9 @@ class Daemon:
         return MINUTE_S
 
     def reload(self) -> None:
-        """Read the settings again, whole or not at all.
+        """Read the settings again, whole or not at all; when it is over run() tells systemd.
 
-        A file that is gone is a mistake, too: the defaults would lift the limits of a site in silence.  When it is over
-        run() tells systemd, as sd_notify(3) asks for Type=notify.
+        A file that is gone is a mistake, too: the defaults would lift the limits of a site in silence.
         """
         sd_notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
@@ -2626,16 +2565,13 @@ class Daemon:
             log.warning(f"settings changed that need a restart: {', '.join(changed)}")
         for line in new.gone:
             log.error(line)
-        # The recorder's first: sums are bounded by what decides, and a higher quota needs to know more.
-        self._recorder.settings = new
-        self._policy.settings = self._on_stop.settings = new
+        self._recorder.settings = self._on_stop.settings = new
         log.info(f"settings read again: {new.path}")
 
     def stop(self) -> None:
         """Answer what is in flight and write what is recorded, in 5 seconds at most.
 
-        In this order: while connections are drained their messages must still be counted, and the last of these may
-        be an incident.
+        In this order: what is drained must still be counted, and the last of it may be an incident.
         """
         sd_notify("STOPPING=1")
         deadline = time.monotonic() + 3.5  # for the answers still owed: systemd kills after 10 s (unit.service)
@@ -2667,7 +2603,7 @@ def check(settings: Settings) -> Iterator[str]:
     raises RepositoryUnavailable.
     """
     repository, journal = open_repository(settings), settings.state_file("journal.sqlite3")
-    policy = Policy(settings, Recorder(repository, Journal(SQLiteRepository(journal)), settings), print)
+    policy = Policy(Recorder(repository, Journal(SQLiteRepository(journal)), settings), print)
     reason = "requests are not understood"  # by our own code: the sockets of this system may be unlike those of others
     try:
         with PolicyServer(settings.bind, settings.port, policy) as server:
@@ -2691,8 +2627,8 @@ def check(settings: Settings) -> Iterator[str]:
         print("warning: early_signs is on and trusted_network= is empty: your own webmail and campus are places, too")
     print(f"events can be counted: {repository.check(BATCH_DEADLINE_S)}")
     yield from repository.problems(time.monotonic() + BATCH_DEADLINE_S)
-    if settings.early_signs != "no" and not repository.has_index:
-        yield "early_signs needs the index on (sasl_username, ts): run policyd --init-db"
+    if settings.early_signs != "no" and repository.index_remedy:
+        yield f"early_signs needs the index on (sasl_username, ts): {repository.index_remedy}"
 
 
 def init_database(settings: Settings, is_from_embedded: bool) -> Iterator[str]:
@@ -2701,9 +2637,6 @@ def init_database(settings: Settings, is_from_embedded: bool) -> Iterator[str]:
     Moved as after an outage, slice by slice, with the original times: what is moved is deleted, so that a second run
     doubles nothing.  Raises RepositoryUnavailable.
     """
-    if is_from_embedded and not settings.dbname:
-        yield "--from-embedded needs the db... settings: where to?"
-        return
     repository = open_repository(settings)
     print(repository.init())
     if is_from_embedded:
@@ -2723,10 +2656,7 @@ def _fail(message: str, status: int = 1) -> int:
 
 
 def _carry_out(options: argparse.Namespace) -> int:
-    """Do what the command line asks for; return the exit status.
-
-    Raises SettingsError, RepositoryUnavailable and ImportError: what may be missing before there is a log.
-    """
+    """Do what the command line asks for; return the exit status.  Raises what main() has a line for."""
     is_given = options.config or os.path.lexists(SETTINGS_FILE)
     settings = Settings.from_file(options.config or SETTINGS_FILE) if is_given else Settings()
     where = wire_name(settings.bind, settings.port)
@@ -2738,6 +2668,8 @@ def _carry_out(options: argparse.Namespace) -> int:
     if options.check or options.check_settings:
         print(f"no mistake in the settings: {where}, {about}")
         return max(map(_fail, check(settings)), default=0) if options.check else 0
+    if options.from_embedded and not settings.dbname:
+        return _fail("--from-embedded needs the db... settings: where to?")
     if options.init_db or options.from_embedded:
         return max(map(_fail, init_database(settings, options.from_embedded)), default=0)
     try:
@@ -2753,7 +2685,9 @@ def _carry_out(options: argparse.Namespace) -> int:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     threading.excepthook = lambda fault: log.error("internal error: " + "".join(traceback.format_exception(*fault[:3])))
     log.start(options.stderr)
-    log.info(f"policyd {__version__} on {daemon.server.listens_on}, {about}, {open_repository(settings)}")
+    log.info(started := f"policyd {__version__} on {daemon.server.listens_on}, {about}, {open_repository(settings)}")
+    if os.path.exists("/dev/log") and not (options.stderr or "NOTIFY_SOCKET" in os.environ):
+        print(f"{started}; logging to syslog", file=sys.stderr)
     if settings.dbpass and os.stat(settings.path).st_mode & stat.S_IROTH:
         log.warning(f"everybody can read the password in {settings.path}; try: chmod 0640 {settings.path}")
     daemon.run()

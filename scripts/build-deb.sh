@@ -186,6 +186,7 @@ done
 doc=$tree/usr/share/doc/policyd
 mkdir -p "$doc" "$tree/DEBIAN"
 cp "$root/README.md" "$root/README.fr.md" "$doc"
+sed -i 's|/usr/local/sbin/|/usr/sbin/|' "$doc"/README*
 copyright >"$doc/copyright"
 changelog | gzip -9n >"$doc/changelog.gz"
 

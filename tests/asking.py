@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from servers import LogLine, Policyd, Postfix, numbers, read_settings, request_bytes, wait_until
 from stores import Clock, KeptLog, Store
 
-from policyd import Daemon, Housekeeper, Journal, Policy, Recorder, Settings, SQLiteRepository, Watch, parse_request
+from policyd import Daemon, Journal, Policy, Recorder, Settings, SQLiteRepository, Watch, parse_request
 
 CONNECTIONS = 16
 BEGINS = "ERROR while UPDATING db: "
@@ -86,7 +86,7 @@ class Relay:
         self.clock = Clock()
         self.told: list[dict[str, Any]] = []
         self._logged = logged
-        repository = repository or store.another()
+        self._repository = repository = repository or store.another()
         self._directory = tempfile.TemporaryDirectory()
         journal = Journal(SQLiteRepository(f"{self._directory.name}/journal.sqlite3"))
         # Its deadlines are such that no machine is too busy for them.
@@ -94,12 +94,11 @@ class Relay:
         self.recorder.watch = Watch(repository, self.clock)
         journal.look()
         self.recorder.look_for_store()
-        self.policy = Policy(settings, self.recorder, self.told.append)
-        self._housekeeper = Housekeeper(repository, self.recorder, self.policy, self.clock)
+        self.policy = Policy(self.recorder, self.told.append)
         self._logged.lines.clear()
 
     def reload(self, *lines: str) -> None:
-        self.policy.settings = self.recorder.settings = read_settings(*lines)
+        self.recorder.settings = read_settings(*lines)
 
     def ask(self, login: str, peer: str = "127.0.0.1", **attributes: object) -> Outcome:
         return self.ask_at_once([{"sasl_username": login, **attributes}], peer)[0]
@@ -120,7 +119,7 @@ class Relay:
         """Sweep, so much later than before; return what is logged."""
         self.clock.now += after_s
         before = len(self._logged.lines)
-        self._housekeeper.sweep()
+        self.policy.sweep(self._repository, self.clock)
         return [line.text for line in self._logged.lines[before:]]
 
 

@@ -30,8 +30,8 @@ HOSTILE = [
     "a\rBcc: y@example.net", "\x1b]0;owned\x07\x1b[31m", "\x7f\x08\x08\t", "=?utf-8?q?x=0aBcc:_y?=", "$(touch touched)",
     "`touch touched`", "; touch touched", "a' ; touch touched ; '", '"; touch touched; "', "a|touch touched&", "!!",
     "*", "~root", "$HOME", "#", "-rf", "--yes", "-c/etc/passwd", "--", "release", "delete", ".", ".quit",
-    "a\\nblacklist=0/0", "a\\c", "%s%n", "josé", "жанна", "\u2028Bcc: y", "\u202egnitrats", "x" * 250, "é" * 250,
-    "' " * 100 + "x", "a b", "0.0.0.0/0", "192.0.2.1", "blacklist=carla", "#comment",
+    "a\\nblacklist=0/0", "a\\c", "%s%n", "josé", "жанна", "\u2028Bcc: y", "\u202egnitrats", "x" * 255, "é" * 250,
+    "' " * 100 + "x", "a b", "0.0.0.0/0", "192.0.2.1", "192.0.2.1x", "anna@", "blacklist=carla", "#comment",
 ]  # fmt: skip
 
 

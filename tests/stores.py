@@ -188,7 +188,7 @@ class BreakableRepository(SQLiteRepository):
         return super().__getattribute__(name)
 
     def count(self) -> int:
-        return len(self.first())
+        return len(list(self.first()))
 
 
 class LoggedLine(NamedTuple):

@@ -143,6 +143,10 @@ def test_a_block_says_what_beats_it_and_that_a_domain_is_no_login(desk: Desk) ->
     text = desk("block", "boris", "--yes")
     assert "boris: BUT line 3 of the settings whitelists it" in text
     assert "\nok: whitelisted now" in text
+    desk.write("blacklist=boris", mode="audit")
+    text = desk("block", "boris", "--yes")
+    assert "boris: BUT line 3 of the settings blacklists it,\nwhich beats a block and passes in mode=audit\n" in text
+    assert "blacklist=" not in desk("block", "carla", "--yes"), "it would let her pass again"
     line = desk.refusal("block", "@spam.example", "--yes")
     assert line == f"@spam.example is no login, but a domain: write blacklist=@spam.example into {desk.file}"
 
@@ -157,7 +161,7 @@ def test_what_a_block_offers_to_paste_means_the_login_and_nothing_else(tmp_path:
         unblocking.append(commands_in(text)[-1])
         lasting += re.findall("^  blacklist=(.*)$", text, re.MULTILINE)
     assert sorted(row[0] for row in desk.store.rows()) == sorted(logins)
-    assert {"boris", "release", "x" * 250} < set(lasting)
+    assert {"boris", "release", "x" * 255} < set(lasting)
     assert not {"0.0.0.0/0", "192.0.2.1", "#comment", "a\\nblacklist=0/0"} & set(lasting)
     desk.file.write_text(desk.file.read_text() + "".join(f"blacklist={login}\n" for login in lasting))
     assert list(module.Settings.from_file(str(desk.file)).blacklist.lines) == lasting

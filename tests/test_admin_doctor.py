@@ -122,7 +122,7 @@ def test_a_daemon_that_does_not_run_or_has_other_settings_is_wrong(
     assert Findings(desk).has("wrong", other)
 
 
-def test_the_last_reload_is_told_as_far_as_the_log_tells(tmp_path: Path, policyd: Start) -> None:
+def test_a_reload_is_told_as_far_as_the_log_tells_and_a_restart_that_is_due(tmp_path: Path, policyd: Start) -> None:
     running = policyd()
     desk, file, ours = Desk(running.settings_file), running.settings_file, f"policyd[{running.pid}]: "
     program(tmp_path, "postconf", "exit 1")  # the real one waits before it fails
@@ -138,6 +138,8 @@ def test_the_last_reload_is_told_as_far_as_the_log_tells(tmp_path: Path, policyd
     assert not told(-3600, failed.replace(ours, "policyd[1]: ")).has("wrong", "reload failed"), "another one's"
     assert told(60).has("warning", "not read again as far as its log tells: systemctl reload policyd")
     assert not told(-1, f"{ours}settings read again: {file}").has("warning", "not read again")
+    running.write_settings(port=free_port())  # which a reload does not bring
+    assert told(-3600).has("wrong", f"pid {running.pid}, but does not answer: systemctl restart policyd")
 
 
 def test_what_policyd_itself_finds_is_passed_on(desk: Desk, tmp_path: Path, database: Database) -> None:

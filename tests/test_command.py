@@ -71,7 +71,7 @@ def test_check_settings_looks_at_the_file_alone_and_where_pymysql_is_needed_its_
         file.write_text(f"port={port}\nstatedir=/nowhere\ndbhost=127.0.0.9\ndbname=x\ndbuser=x\ndefaultquota=42\n")
         said = output(0, "-c", file, "--check-settings", PYTHONPATH=str(file.parent))
     assert re.match(f"no mistake in the settings: .*quota 42.*{file}", said)
-    file.write_text("dbname=policyd\ndbuser=policyd\n")
+    write_settings(file, statedir=file.parent, dbname="policyd", dbuser="policyd")
     remedy = "policyd: PyMySQL is missing: apt install python3-pymysql, or remove the db... settings\n"
     for arguments in ([], ["--check"], ["--init-db"]):
         done = run_policyd("-c", file, *arguments, PYTHONPATH=str(file.parent))

@@ -151,7 +151,7 @@ def test_the_lines_of_the_log_are_those_that_parsers_match(policyd: Start) -> No
     daemon = policyd(whitelist="whitey", blacklist="black", whitelist_days="1-7", whitelist_hours="0-24")
     answers = [
         daemon.ask(sasl_username=login, sender="X@domain" if count != 3 else "", client_address="192.0.2.249",
-                   recipient_count=count, queue_id="4Xk1Zt")
+                   recipient_count=count, queue_id="4Xk1Zt" if login != "black" else "Q" * 300)
         for login, count in [("phish2", 1499), ("phish2", 3), ("phish2", 1498), ("phish3", 1), ("whitey", 5),
                              ("black", 6), ("", 5000)]
     ]  # fmt: skip
@@ -170,7 +170,7 @@ def test_the_lines_of_the_log_are_those_that_parsers_match(policyd: Start) -> No
             "REJECTING overquota (3000>2x1500) for user phish2 using x@domain from ip [192.0.2.249], queue_id=4Xk1Zt",
             "Updating db: phish3/x@domain/192.0.2.249/1/1",
             "skipping whitelisted user: whitey/x@domain/192.0.2.249/5",
-            "Holding blacklisted user: black/x@domain/192.0.2.249/6, queue_id=4Xk1Zt",
+            f"Holding blacklisted user: black/x@domain/192.0.2.249/6, queue_id={'Q' * 255}",  # it is cut as a login is
             f"Updating db: {SHOWN}/{SHOWN}/{SHOWN}/1500/1500",
             f"DEFERRING overquota (1500>1500) for user {SHOWN} using {SHOWN} from ip [{SHOWN}], queue_id={SHOWN}",
         ]

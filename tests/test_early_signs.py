@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import pytest
@@ -349,6 +350,19 @@ def test_in_an_outage_only_known_incidents_hold_on(store: SQLiteStore, start: St
     found = ["anna, places (10>5)", "late, places (16>15)"]
     assert sorted(relay.sweep()) == [f"Held by the sweep: {each}" for each in found]
     assert relay.ask("late").answer == PLACES
+
+
+@on_stores("SQLite")
+def test_without_a_journal_thieves_are_found_all_the_same(store: Store, start: StartRelay) -> None:
+    """Its disk may be broken while the database is well."""
+    relay = start()
+    journal = relay.recorder.journal
+    Path(journal.path).unlink()
+    Path(journal.path).mkdir()
+    journal.look()
+    assert journal.trouble
+    add(store, MINUTE_S, *((at(n), 1) for n in range(6)))
+    assert relay.sweep() == ["Held by the sweep: anna, places (6>5)"]
 
 
 @on_stores("SQLite")

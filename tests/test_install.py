@@ -369,6 +369,8 @@ def test_the_package_has_the_files_of_install_sh_and_what_debian_asks_for(tmp_pa
     assert "\nRecommends: python3-pymysql\n" in fields
     assert {line.split()[1] for line in listed.splitlines()} == {"root/root"}
     run(tool, "--raw-extract", made, tmp_path / "tree", check=True)
+    for readme in (tmp_path / "tree/usr/share/doc/policyd").glob("README*"):
+        assert "on_stop=/usr/sbin/policyd-admin mail" in readme.read_text(), "which is there"
     expected = {*FILES, "lib/systemd/system/policyd.service", "share/doc/policyd/copyright"}
     expected |= {"share/doc/policyd/changelog.gz", "share/man/man8/policyd.8.gz"}
     assert files_below(tmp_path / "tree/usr") >= expected - {"share/man/man8/policyd.8"}

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
+from unittest.mock import Mock
 
 import hypothesis.strategies as st
 import pytest
@@ -194,6 +195,7 @@ MALFORMED = {
     "NUL": (HEAD + b"sender=a\0b\n\n", "a NUL byte"),
     "no equals sign": (HEAD + b"sender\n\n", "a line without '='"),
     "a health check": (b"GET /health HTTP/1.1\r\nHost: relay\r\n\r\n", "a line without '='"),
+    "a health check with a query": (b"GET /?q=1 HTTP/1.1\r\nHost: relay\r\n\r\n", "a line without '='"),
     **{
         f"count {count[:9]}": (HEAD + f"recipient_count={count}\n\n".encode(), f"recipient_count={shown} {NO_DIGITS}")
         for count, shown in [("1" * 5000, "1" * 80), ("\u0663", "\\u0663"), ("\xb2", "\\xb2"),
@@ -201,6 +203,7 @@ MALFORMED = {
                              *((count, count) for count in ("1000000", "", "-1", "+1", "1.5", "1_0"))]
     },
     "long line": (HEAD + LONGEST_LINE + b"y\n\n", "a line longer than 8192 bytes"),
+    "long line without an end": (HEAD + LONGEST_LINE + b"y", "a line longer than 8192 bytes"),
     "long request": (LONGEST_REQUEST + b"x=\n\n", "a request longer than 65536 bytes"),
     "endless request": (LONGEST_REQUEST * 10, "a request longer than 65536 bytes"),
     "a request with a mistake behind it": (LONGEST_REQUEST + b"\njunk\n\n", "a line without '='"),
@@ -271,8 +274,8 @@ def test_a_request_has_30_s_however_it_dribbles_and_an_idle_connection_longer_th
 def test_who_is_silent_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, logged: KeptLog, limit: str) -> None:
     """With a warning if it had begun a request; an idle one is no news.  Before that, an answer is sent at once."""
     monkeypatch.setattr(module, limit, 0.2)
-    policy = Policy(Settings(), types.SimpleNamespace(record=lambda *_: None), lambda _: None)  # type: ignore[arg-type]
-    with PolicyServer("127.0.0.1", 0, policy) as server:
+    recorder: Any = types.SimpleNamespace(settings=Settings(), record=lambda *_: None)
+    with PolicyServer("127.0.0.1", 0, Policy(recorder, lambda _: None)) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         with Connection(server.server_address[:2]) as connection:
@@ -343,7 +346,8 @@ def test_the_last_10_000_answers_are_remembered() -> None:
         counted.extend([event.sasl_username] * (event.recipient_count is not None))
         on_usage(Usage(int(event.sasl_username) % 2))
 
-    policy = Policy(Settings(defaultquota=1), types.SimpleNamespace(record=record), lambda _: None)  # type: ignore
+    recorder: Any = types.SimpleNamespace(settings=Settings(defaultquota=1), record=record)
+    policy = Policy(recorder, lambda _: None)
     asked = (*range(10_001), 1, 10_000, 0)
     for number in asked:
         policy.answer(a_request(sasl_username=number, instance=number), "127.0.0.1", replies.append)
@@ -360,7 +364,8 @@ def test_after_a_fault_of_ours_mail_flows_and_nobody_waits(logged: KeptLog, usag
             raise RuntimeError("a fault of ours")
         Recorder._call_back([(event, on_usage, 0.0)], [usage])
 
-    policy = Policy(Settings(), types.SimpleNamespace(record=record), lambda _: None)  # type: ignore[arg-type]
+    recorder: Any = types.SimpleNamespace(settings=Settings(), record=record)
+    policy = Policy(recorder, lambda _: None)
     replies: list[str] = []
     with pytest.raises(RuntimeError) if usage is None else contextlib.nullcontext():
         policy.answer(a_request(sasl_username="anna", instance="1.2.3"), "127.0.0.1", replies.append)
@@ -539,6 +544,21 @@ def test_running_out_of_descriptors_neither_kills_nor_spins(policyd: Start) -> N
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
         assert waiting.answer() == DUNNO
     assert len(complaints(daemon)) == 1
+
+
+def test_running_out_of_threads_closes_new_connections_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, logged: KeptLog
+) -> None:
+    """As systemd's TasksMax would have it; that is no fault of ours, with a traceback for each."""
+    recorder = Mock(settings=Settings())
+    with PolicyServer("127.0.0.1", 0, Policy(recorder, lambda _: None)) as server:
+        monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        for _ in range(3):
+            with Connection(server.server_address[:2]) as connection:
+                server.handle_request()
+                assert connection.rest() == b""
+    assert [(line.level, line.text) for line in logged.lines] == [
+        ("warning", "cannot serve a connection: can't start new thread")]  # fmt: skip
 
 
 def test_a_password_that_everybody_can_read_is_warned_of(policyd: Start) -> None:

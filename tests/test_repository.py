@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-import pytest
 from asking import CONNECTIONS, send_at_once, status
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from servers import DUNNO, HOLD, REJECT, Start
 from stores import MariaStore, Store, count, event, incident, on_each_table, on_stores, soon, sums, total, usages
 
-from policyd import DAY_S, HOUR_S, Event, Settings, Usage, purge
+from policyd import DAY_S, HOUR_S, Event, Settings, Usage
 
 FEW = Settings(defaultquota=3, hourquota=1000)  # so that histories are long ones soon
 NEWEST = FEW.limits_of("anybody").rows  # of a long history, which are summed
@@ -152,22 +151,38 @@ def test_a_long_history_is_summed_no_further_than_it_matters_and_exactly_when_it
     count(store.repository, event("anna", 1), settings=FEW)
     (found,) = count(store.repository, event("anna", 1, sender="another"), settings=FEW)
     store.repository.check(5)
-    assert NEWEST <= found < rows if store.repository.has_index else found == rows + 2
+    assert found == rows + 2 if store.repository.index_remedy else NEWEST <= found < rows
     store.clear()
     store.add([("anna", "", "", 7), ("anna", "", "", None), ("anna", "", "", 70)], age_s=60)
     for _ in range(3):
         assert sums(store.repository, [event("anna", 7)], FEW) == [77]
 
 
-def test_purge_deletes_what_is_older_a_slice_at_a_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@on_stores("SQLite")
+def test_a_long_history_costs_no_more_than_a_short_one(store: Store) -> None:
+    """Incidents are found without a look at all messages of the day."""
+
+    def steps() -> int:
+        taken: list[int] = []
+        with store.repository._connection() as connection:
+            connection.set_progress_handler(lambda: taken.append(1), 100)
+        sums(store.repository, [event("anna")], FEW)
+        return len(taken)
+
+    store.add([("anna", "", "", 1)] * NEWEST, age_s=60)
+    short = steps()
+    store.add([("anna", "", "", 1)] * 20 * NEWEST, age_s=60)
+    assert steps() <= 1.1 * short
+
+
+def test_purge_deletes_what_is_older_a_slice_at_a_time(store: Store) -> None:
     """So that nobody has to wait for millions of rows."""
-    monkeypatch.setattr("policyd.PURGE_SLICE", 3)
+    words = {"keep": 3 * DAY_S, "rows": 3}
+    slices = iter(lambda: store.repository.ask(store.repository.PURGE, words)[0][0], 0)
     store.add([("anna", "", "", n) for n in range(7)], age_s=3 * DAY_S + 60)
     store.add([("anna", "", "", n) for n in (10, 11, 12)], age_s=3 * DAY_S - 60)
-    left = [(deleted, len(store.rows())) for deleted in purge(store.repository, keep_days=3) if deleted]
-    assert left == [(3, 7), (3, 4), (1, 3)]
+    assert [(deleted, len(store.rows())) for deleted in slices] == [(3, 7), (3, 4), (1, 3)]
     assert sorted(row[3] or 0 for row in store.rows()) == [10, 11, 12]
-    assert sum(purge(store.repository, keep_days=3)) == 0
 
 
 def test_check_and_another_init_write_nothing_and_name_the_store(store: Store) -> None:

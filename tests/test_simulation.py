@@ -158,10 +158,10 @@ def test_without_its_directory_the_journal_is_in_memory_until_there_is_one_or_th
         world[0].send(("anna", 1))
         world[0].terminate(is_looked=False)
         world[0].send(("anna", 3))
-        assert (world[0].last["anna"], world[0].journal.place) == (3, "memory")
+        assert (world[0].last["anna"], bool(world[0].journal.trouble)) == (3, True)
         world[0].mend_disk()
         world.wait(MINUTE_S)
-        assert world[0].journal.place == str(path)
+        assert (world[0].journal.trouble, world[0].journal.kept) == ("", [])
     trouble = f"no outage journal: {path}: unable to open database file; in an outage events are counted in memory only"
     over = f"no outage journal: over, {path} can be used again; 1 events wait in it"
     said = [line for line in logged.errors() if "UPDATING" not in line]
@@ -219,6 +219,22 @@ def test_what_the_store_has_told_is_known_though_it_does_not_say_since_when() ->
         world.break_store("slow", seconds=1.3)
         world[0].send(("anna", 1))
         assert world[0].last["anna"] == 6
+
+
+def test_what_waits_in_a_journal_that_is_removed_is_at_once_in_a_new_one_and_survives_a_crash() -> None:
+    with outage(*[("anna", 1)] * 4) as world:
+        world[0].break_disk("removed")
+        world.wait(0)
+        world[0].kill()
+        assert not world.lost
+
+
+def test_what_was_taken_out_of_a_journal_that_goes_is_not_counted_again_when_it_comes_back() -> None:
+    with outage(*[("anna", 1)] * 4) as world:
+        world[0].break_disk("unmounted")
+        world[0].look()
+        world[0].mend_disk()
+        assert not world.permitted
 
 
 def test_what_comes_after_an_empty_journal_was_removed_survives_a_crash() -> None:
@@ -280,6 +296,15 @@ def test_a_reload_in_an_outage_does_not_take_the_days_sum_for_the_hours() -> Non
         assert world[0].last["anna"] == 50
 
 
+def test_a_clock_that_is_set_in_an_outage_lets_nobody_go() -> None:
+    with World() as world:
+        world[0].send(("anna", 40))
+        world.break_store("away")
+        world[0].ahead_s, world.is_ahead = 2 * DAY_S, True
+        world[0].send(("anna", 1))
+        assert world[0].last["anna"] == 41
+
+
 def test_events_of_a_relay_whose_clock_is_far_ahead_have_no_time_to_come() -> None:
     with World(relays=2) as world:
         world[1].terminate(ahead_s=40 * DAY_S)
@@ -300,7 +325,9 @@ def test_the_end_takes_no_longer_than_promised_however_slow_the_store() -> None:
         world[0].send(*[("anna", 1)] * 5 * SLICE)
         world.break_store("slow", seconds=1.3)
         world[0].look()
+        before = sum(world.copies.values())
         world[0].terminate()
+        assert sum(world.copies.values()) > before
 
 
 def test_a_message_that_waits_behind_a_slow_batch_and_its_replay_is_answered_within_3_s() -> None:
@@ -325,6 +352,14 @@ def test_a_batch_that_begins_late_goes_to_the_journal_and_the_store_is_not_calle
             "ERROR while UPDATING db: over after 1 s, 1 events replayed",
         ]
         assert world[0].recorder.down_s() is None
+
+
+def test_a_slice_for_which_a_slow_batch_has_left_no_time_waits_and_the_store_is_not_called_away() -> None:
+    with outage(*[("anna", 1)] * 2 * SLICE) as world:
+        world.break_store("slow", seconds=1.3)
+        world[0].look()
+        world[0].send(("anna", 1))
+        assert (world[0].recorder.down_s(), world[0].journal.waiting) == (None, SLICE)
 
 
 def test_an_outage_begins_for_the_log_when_a_message_comes_before_the_store_was_found(logged: KeptLog) -> None:

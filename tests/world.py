@@ -45,7 +45,7 @@ STORE_FAULTS = {  # what can be wrong with the store, and what it then does not 
 }
 DISK_FAULTS = {  # the same of the journal's disk
     "full": ("insert", "check", "forget"),
-    "unreadable": ("insert", "check", "forget", "first", "by_minute"),
+    "unreadable": ("insert", "check", "forget", "first"),
     "not deleting": ("forget",),
 }
 GONE = ("unmounted", "removed", "replaced by an empty one", "replaced by another one")  # its directory, its file
@@ -82,7 +82,6 @@ def events_in(path: Path) -> Counter[Event]:
         with contextlib.closing(sqlite3.connect(path)) as connection, contextlib.suppress(sqlite3.OperationalError):
             rows = connection.execute(
                 "SELECT sasl_username, sender, client_address, recipient_count FROM events"
-                " WHERE rowid > (SELECT application_id FROM pragma_application_id)"
             )
             return Counter(Event(*row) for row in rows)
     return Counter()
@@ -184,10 +183,10 @@ class Disk(policyd.SQLiteRepository):
             yield connection
         relay.step()
 
-    def leave(self, after: int) -> list[policyd.Row]:
+    def leave(self) -> list[policyd.Row]:
         """The process has seen that its file is gone, and saves what was in it."""
         fault, self._relay.disk_fault = self._relay.disk_fault, None  # that is of the file that is there
-        rows = super().leave(after)
+        rows = super().leave()
         self._relay.disk_fault = fault
         self._relay.removed.clear()
         self._relay.has_seen_it_gone = True
