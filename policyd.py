@@ -1693,9 +1693,10 @@ class Journal:
                 self._in_file = None
                 # If there is none nothing waits in it, though it could not be made now; but it may be out of our reach.
                 is_none = not os.path.lexists(self.path) and os.access(self._directory, os.X_OK)
-                self.known = LastKnown()
-                self.known.grow(self.kept)
-                self._in_file = 0 if is_none else self.known.grow(self._file.first())
+                known = LastKnown()
+                known.grow(self.kept)
+                self._in_file = 0 if is_none else known.grow(self._file.first())
+                self.known = known  # only now: of a file that cannot be read any more it is all there is
                 if self._in_file and not self.trouble:
                     log.warning(f"{self._in_file} events of an earlier outage wait in the journal")
             self._file.check()

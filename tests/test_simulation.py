@@ -354,6 +354,15 @@ def test_a_batch_that_begins_late_goes_to_the_journal_and_the_store_is_not_calle
         assert world[0].recorder.down_s() is None
 
 
+def test_a_journal_that_cannot_be_read_any_more_still_counts_as_far_as_it_is_known() -> None:
+    with outage(("anna", 5)) as world:
+        world[0].break_disk("unreadable")
+        world[0].look()
+        world.wait(2 * MINUTE_S)
+        world[0].send(("anna", 1))
+        assert (world[0].last["anna"], bool(world[0].journal.trouble)) == (6, True)
+
+
 def test_a_slice_for_which_a_slow_batch_has_left_no_time_waits_and_the_store_is_not_called_away() -> None:
     with outage(*[("anna", 1)] * 2 * SLICE) as world:
         world.break_store("slow", seconds=1.3)
