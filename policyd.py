@@ -1611,7 +1611,8 @@ class LastKnown:
         Return their number.
         """
         number = 0
-        for number, (_, ms, event) in enumerate(rows, 1):  # noqa: B007 - that of the last one is all there are
+        for _, ms, event in rows:
+            number += 1
             minute = -(-ms // 60_000) * 60_000  # its end: rather too hard for a minute than too soft
             known = self._usages.setdefault(event.sasl_username, {})
             recipients, of_hour, incidents, *_ = known.get(minute, NOTHING)
@@ -2095,9 +2096,10 @@ class Policy:
             return reply(known)
 
         def settle(answer: str) -> None:
+            """Answer all who wait, without the lock.  After a fault in here the recorder comes again, for the rest."""
             with self._lock:
                 self._asked[key] = answer
-            while waiting:  # after a fault in here the recorder comes again: who has an answer is not there any more
+            while waiting:
                 waiting.pop()(answer)
 
         try:
@@ -2421,9 +2423,10 @@ def purge(repository: Repository, recorder: Recorder) -> float:
     Without the right to DELETE policyd counts all the same, and warns each hour.
     """
     keep_days = recorder.settings.keep_days
-    words = {"keep": keep_days * DAY_S, "rows": PURGE_SLICE}
+    words, deleted = {"keep": keep_days * DAY_S, "rows": PURGE_SLICE}, 0
     try:
-        deleted = sum(iter(lambda: repository.ask(repository.PURGE, words)[0][0], 0))
+        while more := repository.ask(repository.PURGE, words)[0][0]:
+            deleted += more
     except RepositoryUnavailable as error:
         log.warning(f"old events stay for now: {error}")
         return HOUR_S
