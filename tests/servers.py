@@ -747,6 +747,7 @@ class Postfix(Server):
         """An SMTP session, logged in unless told otherwise: as the first login, or as the one that is named."""
         with smtplib.SMTP("127.0.0.1", port or self.submission_port, timeout=60) as session:
             session.ehlo("client.example.org")
+            session.command_encoding = "utf-8"
             if login:
                 session.login(login if isinstance(login, str) else self.login, self.password)
             yield session

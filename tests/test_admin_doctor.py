@@ -82,7 +82,7 @@ SERVICES = {  # its options, the kind of its line, how that begins
             "asks in smtpd_recipient_restrictions, where nothing can be counted"),
     "590": (f"{AUTH}; {END} = {ASKS}; smtpd_proxy_filter = [127.0.0.1]:10024", "wrong", "has smtpd_proxy_filter"),
     "591": (f"{AUTH}; {END} = {ASKS.replace(', default_action=DUNNO', '')}", "warning", "has no default_action=DUNNO"),
-    "592": (f"{AUTH}; {END} = check_policy_service inet:localhost:9093", "warning", "has no default_action"),
+    "592": (f"{AUTH}; {END} = check_policy_service,inet:localhost:9093", "warning", "has no default_action"),
     "593": (f"{AUTH}; {END} = {ASKS.replace('timeout=10s, ', '')}", "warning", "has no timeout=10s"),
 }  # fmt: skip
 
@@ -138,6 +138,8 @@ def test_a_reload_is_told_as_far_as_the_log_tells_and_a_restart_that_is_due(tmp_
     assert not told(-3600, failed.replace(ours, "policyd[1]: ")).has("wrong", "reload failed"), "another one's"
     assert told(60).has("warning", "not read again as far as its log tells: systemctl reload policyd")
     assert not told(-1, f"{ours}settings read again: {file}").has("warning", "not read again")
+    os.utime(running.statedir / "policyd.pid", (time.time() - 900,) * 2)  # when it was started
+    assert told(-60, f"{ours}Updating db: x/x; old settings/::1/1/1").has("warning", "not read again"), "a sender"
     running.write_settings(port=free_port())  # which a reload does not bring
     assert told(-3600).has("wrong", f"pid {running.pid}, but does not answer: systemctl restart policyd")
 

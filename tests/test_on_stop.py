@@ -109,6 +109,7 @@ def test_a_second_wave_after_a_forgive_is_told_of_again(store: Store, logged: Ke
     answers = [outcome.answer for outcome in relay.ask_at_once(flood)]
     assert answers == [DUNNO] * 9 + [HOLD] * 10 + [REJECT] * 6
     assert rules(relay) == [("anna", "HOLD overquota"), ("anna", "REJECT overquota")] * 3
+    assert [each["queue_id"] for each in relay.told] == ["4Xk1Zt", ""] * 3  # what is refused is in no queue
 
 
 @on_each_table
@@ -312,7 +313,7 @@ class MailHandler(socketserver.StreamRequestHandler):
         for line in self.rfile:
             verb, _, rest = line.decode("ascii").rstrip("\r\n").lower().partition(" ")
             said.setdefault(verb, []).append(rest)
-            if not self.answer(verb):
+            if not self.answer(rest if rest in self.server.answers else verb):
                 break
             if verb == "data":
                 mail = parse(self.read_to_the_dot())
@@ -482,6 +483,13 @@ def test_a_mail_that_nobody_takes_is_a_status_that_the_daemon_tries_again(desk: 
     with MailServer(**answers) as server:
         assert refusal(mail(server, desk, told(), *users(2 * ("boris" in answers)))).startswith("127.0.0.1: ")
         assert list(map(login_of, server.mails)) == ["user0", "user1"] * ("boris" in answers)
+
+
+def test_who_is_refused_beside_others_is_named_and_does_not_have_them_told_again(desk: Desk) -> None:
+    with MailServer(**{"to:<lost@example.org>": "550 5.1.1 unknown"}) as server:
+        done = mail(server, desk, told(), options=(TO, "lost@example.org"))
+        assert (done.returncode, len(server.mails), "lost@example.org" in done.stderr) == (0, 1, True)
+        assert "lost@example.org" in refusal(mail(server, desk, options=(TO, "lost@example.org", "--test")))
 
 
 def test_nobody_listening_and_a_name_that_is_none_too(desk: Desk) -> None:

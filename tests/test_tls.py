@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from typing import Any, Callable
 
 import pytest
 from asking import BACK_S, BEGINS, end_of_outage, errors
+from scripting import run as run_admin
 from servers import DUNNO, HOLD, REJECT, ROOT, SCHEMA, Database, MariaDB, Start, program, read_settings, run, wait_until
 from stores import Door, DoorHandler, count, event, soon, sums
 
@@ -161,6 +163,20 @@ def test_a_unix_socket_may_lead_to_the_server_and_needs_none_of_it(
     repository = database.repository(dbhost=servers, **tls(cert="relay.pem", key="relay.key"))
     assert count(repository, ANNA) == [1]
     assert repository.ask("SHOW SESSION STATUS LIKE 'Ssl_cipher'", {}, soon()) == [("Ssl_cipher", "")]
+
+
+def test_root_asks_as_the_daemons_user_whom_the_server_knows_by_its_unix_socket(
+    server: TlsServer, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = pwd.getpwuid(os.geteuid() or 65534)  # who stands here for policyd, which this machine may not have
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: {"policyd": user}[name])
+    server.directory.chmod(0o711)
+    who = f"'{user.pw_name}'@'localhost'"
+    server.query(f"CREATE USER {who} IDENTIFIED VIA unix_socket")
+    server.query(f"GRANT SELECT ON {database.name}.events TO {who}")
+    settings = f"dbhost={server.socket}\ndbname={database.name}\ndbuser={user.pw_name}\nblacklist=anna\n"
+    (file := tmp_path / "cfg").write_text(settings)
+    assert {run_admin(*each, "-c", file).returncode for each in (["top"], ["whatif", "5"], ["user", "anna"])} == {0}
 
 
 def test_the_server_may_ask_for_a_certificate_and_the_next_connection_reads_renewed_files(
