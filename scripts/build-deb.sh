@@ -57,12 +57,16 @@ make_user
 make_settings
 if [ -e "$left" ] && grep -q '^Description=policyd, the Postfix policy daemon' "$left"; then
     echo "$left, which install.sh has left, hides the unit of this package; these lines remove it:"
-    echo "    rm $left /usr/local/bin/policyd /usr/local/sbin/policyd-*"
+    echo "    rm $left /usr/local/bin/policyd /usr/local/sbin/policyd-* /usr/local/share/man/man8/policyd.8"
     echo '    systemctl daemon-reload && systemctl try-restart policyd'
 elif [ -e "$left" ]; then
     echo "$left is of another daemon and hides the unit of this package; to keep it as go-policyd:"
     echo "    systemctl disable --now policyd"
     echo "    mv $left ${left%/*}/go-policyd.service"
+    if [ -e /usr/local/bin/policyd ]; then # a shell would find it first
+        echo '    mv /usr/local/bin/policyd /usr/local/bin/go-policyd'
+        echo "    sed -i 's|/usr/local/bin/policyd|/usr/local/bin/go-policyd|' ${left%/*}/go-policyd.service"
+    fi
     echo '    systemctl daemon-reload && systemctl enable --now go-policyd'
 fi
 if is_booted; then
@@ -74,7 +78,8 @@ if is_booted; then
             echo 'policyd does not start; why: journalctl -t policyd -n 20'
     fi
 fi
-[ -n "$2" ] || echo 'Next: policyd-admin doctor; systemctl enable --now policyd; let Postfix ask it (man policyd)'
+[ -L "${left%/*}/multi-user.target.wants/policyd.service" ] ||
+    echo 'Next: policyd-admin doctor; systemctl enable --now policyd; let Postfix ask it (man policyd)'
 TEXT
 }
 

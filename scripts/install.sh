@@ -88,7 +88,12 @@ refuse_what_is_not_ours() {
         starts=$(sed -n 's/^ExecStart=[-@:+!]*\([^ ]*\).*/\1/p' "$real" | tail -n 1)
         grep -q '^Description=policyd, the Postfix policy daemon' "$real" || keep_the_other "$found" "$real" "$starts"
         ! dpkg -S "$real" >/dev/null 2>&1 || die "$found belongs to a package: upgrade that, or apt-get remove policyd"
-        [ "$starts" = "$program" ] || die "$found starts $starts: remove that, or give PREFIX=${starts%/bin/*}"
+        # A drop-in may start another program, say that of a virtual environment.
+        starts=$(cat "$real" /etc/systemd/system/policyd.service.d/*.conf 2>/dev/null |
+            sed -n 's/^ExecStart=[-@:+!]*\(.\)/\1/p' | tail -n 1)
+        case " $starts " in *" $program "*) continue ;; esac
+        starts=${starts%% *}
+        die "$found starts $starts: remove that, or give PREFIX=${starts%/bin/*}"
     done
     # The program's own text, or what pip makes of it.
     if [ -e "$program" ] && ! grep -aq -e '^"""policyd: a Postfix poli' -e '^from policyd import main' "$program"; then

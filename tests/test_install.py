@@ -263,6 +263,10 @@ def test_another_program_a_masked_unit_and_one_of_another_prefix_are_not_replace
     install(machine)
     for task in TASKS:
         assert "PREFIX=/usr/local" in refusal(refused(machine, "PREFIX=/opt/policyd", *task))
+    machine.path(f"{UNIT}.d").mkdir()
+    for starts, said in ((f"/usr/bin/nice {PROGRAM} -c x", "\nKept: "), ("/opt/p/bin/policyd", "give PREFIX=/opt/p\n")):
+        machine.path(f"{UNIT}.d/override.conf").write_text(f"[Service]\nExecStart=\nExecStart={starts}\n")
+        assert said in (result := machine.run(INSTALL)).stdout + result.stderr
 
 
 def test_without_systemd_it_says_how_to_start_and_purge_spares_what_others_keep_in_statedir(machine: Machine) -> None:
@@ -293,10 +297,13 @@ def test_the_package_installs_upgrades_and_goes_without_a_question(machine: Mach
     dpkg("--install", "/fake/policyd.deb")
     assert [line for line in machine.told() if "try-restart" in line]
     assert "package" in refusal(refused(machine))
-    shutil.copy(ROOT / "unit.service", machine.path(UNIT))
-    assert f"rm {UNIT}" in dpkg("--install", "/fake/policyd.deb")
-    machine.path(UNIT).unlink()
+    machine.path(PROGRAM).touch()
+    for unit, line in (FOREIGN_UNIT, f"mv {PROGRAM} /usr/local/bin/go-policyd"), (UNIT_TEXT, f"rm {UNIT} .*[.]8"):
+        machine.path(UNIT).write_text(unit)
+        assert re.search(f"\n    {line}\n", dpkg("--install", "/fake/policyd.deb"))
+    machine.run("rm", UNIT, PROGRAM)
     dpkg("--remove", "policyd")
+    assert "systemctl enable --now policyd" in dpkg("--install", "/fake/policyd.deb")  # which --remove has disabled
     assert machine.path(SETTINGS).read_text() == "statedir=/srv/policyd\n"
     dpkg("--purge", "policyd")
     assert (machine.files(), machine.has_user()) == ({}, False)
