@@ -135,9 +135,8 @@ def clean(text: str) -> str:
     compare logins, so it must not make a fresh quota.
     """
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", "".join(itertools.filterfalse(stringprep.in_table_b1, text)))
-        text = unicodedata.normalize("NFKC", text.lower())
-    text = text.lower()
+        text = unicodedata.normalize("NFKC", "".join(itertools.filterfalse(stringprep.in_table_b1, text))).lower()
+    text = unicodedata.normalize("NFKC", text).lower()
     return re.sub(" *@ *", "@", re.sub("  +", " ", text)).strip(" ") if " " in text else text
 
 
@@ -362,7 +361,7 @@ def _quota(text: str) -> tuple[str, int, int] | None:
 ENTRY = "give one login, sender, @domain, address or network (192.0.2.0/24), without comment or wildcard", ".+", _entry
 FILE = "give a file that policyd can read", ".+", lambda path: path if os.access(path, os.R_OK) else None
 MESSAGE = "give at most 200 characters, all of them ASCII", "[\x00-\x7f]{1,200}"  # an SMTP line has 512
-BIND = "give an address, a host name or a path; the port stands in port=", r"/.+|[\w.-]+|([\w.%]*:){2}[\w.:%]*"
+BIND = "give an address, a host name or a path; the port stands in port=", r"/.+|[\w.-]+|([\w.%]*:){2}[\w.:%-]*"
 NETWORK = "give an address, or a network from its first address on (192.0.2.0/24)", ".+", as_network
 QUOTA = "give one LOGIN:N, LOGIN:unlimited or LOGIN:DAY:HOUR; defaultquota= is for whoever has no quota=", ".+", _quota
 SERVERS = "give host, host:port, [IPv6]:port or a socket's path, of a cluster several", ".+", _servers
@@ -555,8 +554,8 @@ class Settings:
 
     def state_file(self, name: str) -> str:
         """Return the path of `name` in statedir, $STATE_DIRECTORY, /var/lib/policyd or the current directory."""
-        usual = "/var/lib/policyd" if os.access("/var/lib/policyd", os.W_OK) else os.getcwd()
-        return os.path.join(self.statedir or os.environ.get("STATE_DIRECTORY", "").split(":")[0] or usual, name)
+        given, usual = self.statedir or os.environ.get("STATE_DIRECTORY", "").split(":")[0], "/var/lib/policyd"
+        return os.path.join(given or (usual if os.access(usual, os.W_OK) else os.getcwd()), name)
 
 
 # ---- protocol: Postfix's SMTPD_POLICY_README, and nothing of storage ----------------------------------
@@ -775,7 +774,7 @@ CONNECT_TIMEOUT_S = 1
 LATE_ROW_S = 0.2  # by so much sooner than we stop waiting, the server ends a statement, and none is begun any more
 RACE_TRIES = 6  # two relays on two Galera nodes lose one to the other some times in a row, hardly as often
 IDLE_CONNECTION_S = 60  # firewalls drop older ones in silence
-PURGE_SLICE = 10_000  # rows of one DELETE
+PURGE_SLICE = 1000  # rows of one DELETE, for which the embedded store is locked
 PATIENCE_S = 600  # for a statement for which no mail waits
 KEPT_TEXT = 255  # characters of a login, sender or address that are kept: the columns of scripts/schema.sql
 INCIDENTS = [f"{action} {rule}" for rule in RULES for action in ("HOLD", "REJECT")]
@@ -978,8 +977,6 @@ def fit(text: str, column: tuple[int, str]) -> str:
     login spoils the statement of all, and logins that an old table cuts to the same share a quota.
     """
     width, codec = column
-    if text.isascii() and len(text) <= width and not text.endswith(" "):
-        return text  # as most are
     return text.encode(codec, "backslashreplace").decode(codec)[:width].rstrip(" ")
 
 
@@ -1097,15 +1094,13 @@ class MariaDBRepository:
             rows.append((len(rows), f"({moment}{sooner}, %s, %s, %s, %s)", event))
             equal[what] += 1
         with self._pool.connection(deadline) as connection:
-            if times:  # tried again and again: what a slow server still does when we have left must not stay each time
-                connection.begin()
-            refused = self._insert(connection, rows, RACE_TRIES)
-            is_begun = bool(times or refused)
-            if refused:  # from now on a failure on the way must not leave half of them behind
+            refused = {} if times else self._insert(connection, rows, RACE_TRIES)
+            # In a transaction, what takes several statements, so that a failure on the way leaves no half behind; and a
+            # replay: it is tried again and again, and what a slow server still does when we have left must not stay.
+            if times or refused:
                 self._next_look = 0.0  # the table may have been altered since it was looked at
                 connection.begin()
                 refused = self._insert(connection, rows, 1)
-            if is_begun:
                 _query(connection, "COMMIT")
         for n, error in refused.items():
             log.error(f"ERROR while UPDATING db: {error}; not counted: {'/'.join(map(str, events[n]))}")
@@ -1120,7 +1115,7 @@ class MariaDBRepository:
         values = [value for *_, event in rows for value in (*map(fit, event[:3], self._columns), event.recipient_count)]
         words = ", ".join(each for _, each, _ in rows)
         try:
-            self._ask(connection, f"{self.INSERT} VALUES {{rows}} {self.ADD_UP}", values, tries, words)
+            self._ask(connection, f"{self.INSERT} VALUES {words} {self.ADD_UP}", values, tries)
         except pymysql.MySQLError as error:
             if not isinstance(error, (pymysql.DataError, pymysql.IntegrityError)) and error.args[0] not in REFUSALS:
                 raise
@@ -1181,8 +1176,7 @@ class MariaDBRepository:
             login = fit(str(arguments.get("login", "")), self._columns[0])
             return self._ask(connection, statement, {**arguments, "login": login})
 
-    def _ask(self, connection: Any, statement: str, arguments: object = None, tries: int = RACE_TRIES,
-             rows: str = "") -> list[Any]:  # fmt: skip
+    def _ask(self, connection: Any, statement: str, arguments: object, tries: int = RACE_TRIES) -> list[Any]:
         """Run a statement in words, and again where that is safe and promising.
 
         Once only in a transaction: a deadlock rolls back all of it.
@@ -1190,7 +1184,7 @@ class MariaDBRepository:
         while True:
             self._look(connection)
             left_s = min(DAY_S, connection.deadline - time.monotonic() - LATE_ROW_S)  # of which an INSERT tells
-            text = statement.format(**self._words, left_s=f"{left_s:.6f}", rows=rows)
+            text = statement.format(**self._words, left_s=f"{left_s:.6f}")
             try:
                 return _query(connection, text, arguments)
             except pymysql.MySQLError as error:
@@ -1303,7 +1297,8 @@ class SQLiteRepository:
     )
     FIRST = f"SELECT rowid, {EVENT_COLUMNS} FROM events ORDER BY rowid LIMIT ?"
     index_remedy = ""  # there is one
-    PURGE = "DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} WHERE NOT {since keep} LIMIT %(rows)s)"
+    OLDEST = "SELECT rowid FROM {table} NOT INDEXED WHERE NOT {since keep} LIMIT %(rows)s"  # the first ones in the file
+    PURGE = f"DELETE FROM {{table}} WHERE rowid IN ({OLDEST})"
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
         self.path = path
@@ -1330,14 +1325,12 @@ class SQLiteRepository:
     def usages(self, events: Sequence[Event], settings: Settings, deadline: float) -> list[Usage]:
         """See MariaDBRepository."""
         logins = [event.sasl_username for event in events]
-        totals = {}
-        words: dict[str, object] = {"day": self.ms_ago(DAY_S), "hour": self.ms_ago(HOUR_S)}
+        totals, day, hour = {}, self.ms_ago(DAY_S), self.ms_ago(HOUR_S)
         with self._connection() as connection:
             for login in dict.fromkeys(logins):
-                words.update(login=login, rows=settings.limits_of(login).rows)
+                words = {"login": login, "rows": settings.limits_of(login).rows, "day": day, "hour": hour}
                 recipients, of_hour, incidents = connection.execute(self.USAGE, words).fetchone()
-                of_kinds = frozenset(incidents.split(",")) if incidents else NOTHING.incidents
-                totals[login] = Usage(recipients, of_hour, of_kinds)
+                totals[login] = Usage(recipients, of_hour, frozenset(incidents.split(",") if incidents else ()))
         return run_up(logins, events, totals)
 
     def ask(self, statement: str, arguments: Mapping[str, object], deadline: float | None = None) -> list[Any]:
@@ -1371,6 +1364,9 @@ class SQLiteRepository:
         """Yield the first events, or all: one by one, since a million take half a gigabyte at once."""
         with self._connection() as connection:
             for number, ts, *event in connection.execute(self.FIRST, [limit]):
+                types = [type(value) for value in (ts, *event[:3], event[3] or 0)]
+                if types != [int, str, str, str, int]:  # the disk has lost a sector, and SQLite does not look
+                    raise sqlite3.DatabaseError("a row is broken")
                 yield number, ts, Event(*event)
 
     def forget(self, upto: int) -> None:
@@ -1408,7 +1404,8 @@ class SQLiteRepository:
         me = threading.get_ident()
         try:
             if me not in self._connections:
-                self._connections[me] = sqlite3.connect(self.path, timeout=0.1, check_same_thread=False)
+                # It waits for a slice of the purge, or for policyd-admin: that is no outage.
+                self._connections[me] = sqlite3.connect(self.path, timeout=1, check_same_thread=False)
                 self._connections[me].create_function("place", 1, place_of)
                 self._connections[me].executescript(self.SCHEMA + self.more_schema)
                 self._opened = os.stat(self.path)
@@ -1423,9 +1420,10 @@ class SQLiteRepository:
             connection.close()
 
     def close(self) -> None:
-        """Close the connections of all threads."""
-        for connection in list(self._connections.values()):
-            connection.close()
+        """Close the connections of this thread and of those that have ended: of one in use SQLite would crash."""
+        others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+        for thread in self._connections.keys() - others:
+            self._connections[thread].close()
 
 
 Repository = Union[MariaDBRepository, SQLiteRepository]
@@ -1615,11 +1613,9 @@ class LastKnown:
             number += 1
             minute = -(-ms // 60_000) * 60_000  # its end: rather too hard for a minute than too soft
             known = self._usages.setdefault(event.sasl_username, {})
-            recipients, of_hour, incidents, *_ = known.get(minute, NOTHING)
             more = sign * (event.recipient_count or 0)
-            if event.recipient_count is None:
-                incidents |= {event.client_address}
-            known[minute] = Usage(recipients + more, of_hour + more, incidents)
+            incidents = frozenset([event.client_address] if event.recipient_count is None else [])
+            known[minute] = known.get(minute, NOTHING).plus(Usage(more, more, incidents))
         return number
 
     def get(self, login: str, now: int) -> Usage:
@@ -1646,7 +1642,8 @@ class Journal:
     def __init__(self, file: SQLiteRepository, clock: Callable[[], float] = time.monotonic) -> None:
         # It is read from its beginning only: without indexes it is written four times as fast.  And a small disk shall
         # hold it: SQLite's usual log of writes may fill that alone, and to overwrite what is deleted takes room, too.
-        file.more_schema = "PRAGMA wal_autocheckpoint = 32; PRAGMA secure_delete = OFF"
+        # Nor shall a second fault at the same time, somebody who locks it, delay an answer.
+        file.more_schema = "PRAGMA wal_autocheckpoint = 32; PRAGMA secure_delete = OFF; PRAGMA busy_timeout = 100"
         self._file = file
         self._clock = clock
         self.path, self.now_ms, self.close = file.path, file.ms_ago, file.close
@@ -1828,13 +1825,14 @@ class Recorder:
     def stop(self, timeout: float) -> None:
         """Commit what waits, in `timeout` seconds at most; what is in the journal's file stays there.
 
-        A database that hangs now keeps us no longer than that: these threads end with the process.
+        A database that hangs now keeps us no longer than that: these threads end with the process.  The one that looks
+        for it has nothing that could be lost, and names may take long to be looked up.
         """
         self._closing.set()
         deadline = time.monotonic() + timeout
-        for thread in self.threads:
+        for thread in self.threads[:2]:
             thread.join(max(0.0, deadline - time.monotonic()))
-            self._away.set()  # only now: what waited has gone to the store
+        self._away.set()  # only now: what waited has gone to the store
         self.journal.close()
 
     def _work(self) -> None:
@@ -1984,7 +1982,9 @@ class Recorder:
             self.look_for_store()
             if not self._away.wait(MINUTE_S):  # else it said that it is ready, and failed
                 delay_s = 0.0
+                self._reason = self._reason and "it was back"  # a broken journal keeps it; the next outage is a new one
                 self._away.wait()
+                self._down_since = self._clock()
             delay_s = min(max(shortest, 2 * delay_s), longest)
 
     def _move_slice(self, deadline: float) -> bool:
@@ -2002,6 +2002,7 @@ class Recorder:
             seconds = self._clock() - self._down_since
             log.error(f"ERROR while UPDATING db: over after {seconds:.0f} s, {self._replayed} events replayed")
             self._reason, self._replayed = "", 0
+            self.journal.known = LastKnown()  # all zeroes by now, and incidents that a human may have forgiven
         return bool(moved)
 
 
@@ -2427,6 +2428,7 @@ def purge(repository: Repository, recorder: Recorder) -> float:
     try:
         while more := repository.ask(repository.PURGE, words)[0][0]:
             deleted += more
+            time.sleep(PAUSE_S)  # in which mail comes in between: a lock that is taken again at once nobody else gets
     except RepositoryUnavailable as error:
         log.warning(f"old events stay for now: {error}")
         return HOUR_S

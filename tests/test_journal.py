@@ -120,20 +120,23 @@ def test_the_end_does_not_wait_for_ever(
         gate.set()
 
 
-@pytest.mark.parametrize("comes_back", [False, True])
+@pytest.mark.parametrize("check", ["fails", "succeeds", "hangs"])
 def test_a_store_that_is_away_delays_the_end_not(
-    breakable: BreakableRepository, path: Path, logged: KeptLog, comes_back: bool
+    breakable: BreakableRepository, path: Path, logged: KeptLog, monkeypatch: pytest.MonkeyPatch, check: str
 ) -> None:
     """Nor does one that is found in this very moment."""
     breakable.broken = frozenset(("check",))
     with recording(breakable, path) as recorder:
         assert Waiter(recorder, event("anna", 3)).sum() == 3
-        if comes_back:
-            breakable.broken = frozenset()
+        breakable.broken = breakable.broken if check == "fails" else frozenset()
+        if check == "hangs":
+            asked = threading.Event()
+            monkeypatch.setattr(breakable, "check", lambda *_: asked.set() or time.sleep(PATIENCE_S))
+            assert asked.wait(PATIENCE_S)
         began = time.monotonic()
         recorder.stop(PATIENCE_S)
         assert time.monotonic() - began < PATIENCE_S / 2
-        assert not any(thread.is_alive() for thread in recorder.threads)
+        assert not any(thread.is_alive() for thread in recorder.threads[:2])
     left = Journal(SQLiteRepository(str(path)))
     left.look()
     assert left.waiting + breakable.count() == 1
@@ -183,12 +186,13 @@ def filled(path: Path, clock: Clock, *events: Event) -> Journal:
     return journal
 
 
-@pytest.mark.parametrize("instead", ["a directory", "no database"])
+@pytest.mark.parametrize("instead", ["a directory", "no database", "a lost sector"])
 def test_unreadable_is_not_empty(path: Path, breakable: BreakableRepository, logged: KeptLog, instead: str) -> None:
     """The outage is not over while the file may hold events; they count and go to the store once it can be read."""
     filled(path, breakable.clock, event("anna", 1500)).close()
     aside = path.rename(path.with_name("aside"))
-    path.mkdir() if instead == "a directory" else path.write_text("what a restore has left\n" * 99)
+    found = b"what a restore has left\n" * 99 if instead == "no database" else aside.read_bytes()[:-512] + bytes(512)
+    path.mkdir() if instead == "a directory" else path.write_bytes(found)
     hand = ByHand(breakable, path)
     assert hand.sums(event("anna")) == [1]
     hand.minute()
@@ -229,6 +233,12 @@ def test_the_last_100_000_logins_are_known() -> None:
     assert known_of == [Usage(6), NOTHING, Usage(5), Usage(7)]
 
 
+def test_who_records_waits_for_a_slice_of_the_purge_but_for_nobody_in_an_outage(path: Path) -> None:
+    store, journal = SQLiteRepository(f"{path}.store"), SQLiteRepository(str(path))
+    Journal(journal).look()
+    assert [each.ask("PRAGMA busy_timeout", {}) for each in (store, journal)] == [[(1000,)], [(100,)]]  # ms
+
+
 def test_an_outage_is_one_error_at_the_beginning_and_one_at_the_end(
     path: Path, breakable: BreakableRepository, logged: KeptLog
 ) -> None:
@@ -245,7 +255,25 @@ def test_an_outage_is_one_error_at_the_beginning_and_one_at_the_end(
         hand.minute()
         begin = f"{BEGINS}insert is broken; counting in {path} until it is back"
         assert logged.errors() == [begin, f"{ENDS}240 s, 6 events replayed"]
-    assert breakable.count() == 12
+    assert (breakable.count(), hand.journal.known._usages) == (12, {})  # or the memory would fill, outage by outage
+
+
+def test_the_next_outage_is_told_of_though_a_broken_journal_keeps_the_last_one(
+    breakable: BreakableRepository, path: Path, logged: KeptLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("policyd.MINUTE_S", 0.01)
+    path.mkdir()
+
+    def is_told_again() -> bool:
+        breakable.broken = frozenset(["insert"])
+        Waiter(recorder, event("anna")).sum()
+        breakable.broken = frozenset()
+        wait_until(lambda: recorder.down_s() is None, "the store is used again")
+        time.sleep(0.1)  # more than that minute
+        return sum("insert is broken" in error for error in logged.errors()) > 1
+
+    with recording(breakable, path) as recorder:
+        wait_until(is_told_again, "the next outage is told of")
 
 
 def replay_all(journal: Journal, store: MariaStore) -> None:

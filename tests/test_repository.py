@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 from asking import CONNECTIONS, send_at_once, status
 from hypothesis import example, given, settings
@@ -173,6 +174,16 @@ def test_a_long_history_costs_no_more_than_a_short_one(store: Store) -> None:
     short = steps()
     store.add([("anna", "", "", 1)] * 20 * NEWEST, age_s=60)
     assert steps() <= 1.1 * short
+
+
+@on_stores("SQLite")
+def test_the_end_hangs_up_on_no_thread_that_still_reads(store: Store) -> None:
+    store.add([("anna", "", "", 1)], age_s=0)
+    with ThreadPoolExecutor(1) as other:
+        rows = store.repository.first()
+        assert other.submit(next, rows).result()
+        store.repository.close()
+        assert not other.submit(next, rows, None).result()
 
 
 def test_purge_deletes_what_is_older_a_slice_at_a_time(store: Store) -> None:

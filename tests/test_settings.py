@@ -124,7 +124,7 @@ def test_an_empty_file_means_the_defaults(file: Path) -> None:
 @pytest.mark.parametrize(("line", "value"), [
     ("whitelist_days=01-7", [1, 7]), ("whitelist_days=3-3", [3, 3]), ("whitelist_hours=01 - 5", [1, 5]),
     ("strip_domain=No", False), ("mode=Audit", "audit"), ("early_signs=AUDIT", "audit"), ("port=65535", 65535),
-    *((f"bind={each}", each) for each in ("::1", "relay.example.org", "/run/policyd/socket")), ("keep_days=2", 2),
+    *((f"bind={each}", each) for each in ("::1", "fe80::1%br-0", "relay.example", "/run/p/socket")), ("keep_days=2", 2),
     ("on_stop=/opt/x --from 'a b' \"c'd\" e\\ f", ["/opt/x", "--from", "a b", "c'd", "e f"]),
     (f"hold_message={LONGEST}", LONGEST), (f"reject_message = {LONGEST} ", LONGEST),
     ("dbhost=db.example.org:3307", [("db.example.org", 3307)]), ("dbhost=[2001:db8::1]", [("2001:db8::1", None)]),
@@ -348,8 +348,8 @@ def test_a_login_is_the_login_of_itself(text: str, strip_domain: bool) -> None:
 
 def test_so_many_rows_decide_as_a_login_s_own_limits_need(file: Path) -> None:
     """However large everybody's are: a long history shall not cost more than a short one."""
-    settings = read(file, "defaultquota=999999999\nquota=anna:20\nquota=boris:unlimited")
-    assert [settings.limits_of(login).rows - BATCH_EVENTS for login in ("anna", "boris")] == [40, 2 * 999_999_999]
+    settings = read(file, "defaultquota=999999999\nquota=anna:20\nquota=boris:unlimited\nquota=c:unlimited:5000")
+    assert [settings.limits_of(who).rows - BATCH_EVENTS for who in ("anna", "boris", "c")] == [40, 1_999_999_998, 5000]
 
 
 @on_each_table

@@ -369,9 +369,9 @@ class Relay:
         """Let the recorder's thread take turns until nobody waits."""
         while True:
             is_readable = not (self.disk_fault and self.disk_fault.kind == "unreadable")
-            if is_readable and self.is_gone_unseen and self.directory.exists():
-                self.last.clear()  # what was known of a file that could not be read ends when it is seen to be gone
-                self.is_gone_unseen = False
+            if self.is_gone_unseen:  # what was known of a file that could not be read ends when it is seen to be gone
+                self.last.clear()
+                self.is_gone_unseen = not (is_readable and self.directory.exists() and self.journal.is_due())
             if self.journal.is_due() and self.directory.exists():
                 self.pending, self.unseen = self.pending + self.unseen, Counter()
                 if is_readable and not self.world.is_ahead:

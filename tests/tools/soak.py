@@ -4,10 +4,9 @@
 usage: .venv/bin/python tests/tools/soak.py [--seed N] [--minutes 2]
 
 As root, for what only real processes show: a private MariaDB; the daemon as another user, its statedir on a small
-tmpfs, so that rights and a full disk bite.  A process of its own sends messages at an even
-rate and does as Postfix does: one request at a time on each connection, 10 s for its answer, and when a connection
-fails, once more after a second.  Meanwhile each lane of FAULTS goes from one fault to the next as the seed decides, so
-that they overlap.  Then all is mended, and after a while and a restart every message is looked at:
+tmpfs, so that rights and a full disk bite.  A process of its own sends messages at an even rate and does as Postfix
+does: one request at a time on each connection, 10 s for its answer, and once more when a connection fails.  Meanwhile
+each lane of FAULTS goes from one to the next as the seed decides.  Then all is mended, and every message is looked at:
 
 - lost may be only what was in memory when the daemon was killed, or what it says that it has forgotten;
 - doubled may be only what was sent twice, one slice for each kill, and one batch or slice for each thing that was done
@@ -286,12 +285,12 @@ class Soak:
             print("the log:", *(f"{seen - self._begin:6.1f} s  {text}" for seen, text in self._log[-60:]), sep="\n")
             raise
 
-    def _spans_of(self, begins: str) -> list[Span]:
+    def _spans_of(self, *begins: str) -> list[Span]:
         """Return when something lasted, as the log says: until it is over, or the daemon is."""
         spans, began = [], 0.0
         ends = [(then, "") for then in (*self.kills, *self.restarts, time.time())]
         for seen, text in sorted([*self._log, *ends]):
-            is_end = not text or text.startswith(f"{begins}: over")
+            is_end = not text or text.startswith(f"{begins[0]}: over")
             if began and is_end:
                 spans.append((began, seen))
                 began = 0.0
@@ -307,7 +306,8 @@ class Soak:
         stored = {sender: (int(total), float(first), float(last)) for sender, total, first, last in rows}
         copies = {message: stored.get(message.sender, (0,))[0] / message.recipients for message in messages}
         kills, ends = self.kills, [*self.kills, *self.restarts]
-        outages, troubles = self._spans_of("ERROR while UPDATING db"), self._spans_of("no outage journal")
+        outages = self._spans_of("ERROR while UPDATING db")
+        troubles = self._spans_of("no outage journal", "the database has events that cannot be deleted")
         bad_times = [*self._spans["database"], *outages, *troubles]
         in_memory = [span for span in troubles if any(span[0] <= kill <= span[1] + LOOK_S for kill in kills)]
         in_memory += [  # what waited in a file that has gone
