@@ -1795,11 +1795,11 @@ class Recorder:
         self._away = threading.Event()  # set by the recorder's thread, cleared by the one that finds the store
         self._away.set()
         self.looked = threading.Event()  # is it known by now whether the store is there, and what is in the journal?
-        self._down_since = clock()  # if it is away
+        self._down_since = self._found_at = clock()  # if it is away; or if it is there
         self._reason = ""  # of the outage, as last logged; empty: there is none
         self._replayed = 0  # events, in this outage, or of that of an earlier process
         self._closing = threading.Event()
-        works = self._work, self.tell, self._find_store  # at the end they are waited for in this order
+        works = self._work, self.tell, self._find_store  # at the end the first two are waited for
         self.threads = [threading.Thread(target=work, daemon=True) for work in works]
 
     def start(self) -> None:
@@ -1946,6 +1946,8 @@ class Recorder:
             yield
         except Exception as error:  # any other kind is a fault of ours, and no reason to lose count
             if not (self._reason and self._away.is_set()):  # else it was away, and that has been said
+                if self._clock() - self._found_at > MINUTE_S:  # a new one, though a broken journal keeps the last
+                    self._reason = ""
                 is_known = isinstance(error, RepositoryUnavailable)
                 self._note_outage(str(error) if is_known else traceback.format_exc())
             self._away.set()
@@ -1969,6 +1971,7 @@ class Recorder:
         """
         with self._or_outage():
             self._repository.check(BATCH_DEADLINE_S)
+            self._found_at = self._clock()
             self._away.clear()
 
     def _find_store(self) -> None:
@@ -1982,9 +1985,7 @@ class Recorder:
             self.look_for_store()
             if not self._away.wait(MINUTE_S):  # else it said that it is ready, and failed
                 delay_s = 0.0
-                self._reason = self._reason and "it was back"  # a broken journal keeps it; the next outage is a new one
                 self._away.wait()
-                self._down_since = self._clock()
             delay_s = min(max(shortest, 2 * delay_s), longest)
 
     def _move_slice(self, deadline: float) -> bool:
