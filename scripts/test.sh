@@ -83,6 +83,7 @@ need systemd command -v systemd-analyze
 need mandoc command -v mandoc
 need openssl command -v openssl
 need util-linux command -v unshare
+need xz-utils command -v xzcat
 if [ -n "$missing" ]; then
     [ "$(id -u)" -eq 0 ] || die "packages are missing; as root: apt-get install$missing"
     install_packages

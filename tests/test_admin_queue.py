@@ -318,6 +318,7 @@ def test_files_that_were_rotated_and_packed_are_read_and_only_this_login(tmp_pat
         *lines_of(now - 700, "GHJKLMNPQRSTVWXYZ", "boris", "filtered@x", "sent (250 2.0.0 Ok: queued as JK90)"),
         *lines_of(now - 690, "JK90", "", "filtered@x", "deferred (busy)")[1:],
     ]  # fmt: skip
+    program("xzcat", "xz-utils")  # is needed
     paths = [tmp_path / f"mail.log.{name}" for name in ("3.xz", "2.gz", "1")]
     for path, pack, part in zip(paths, (lzma.compress, gzip.compress, bytes), (events[:9], events[9:15], events[15:])):
         text = "".join(f"{time.strftime(form, time.gmtime(at))} relay {line}\n" for at, line in part).encode()
