@@ -731,6 +731,12 @@ def decide(usage: Usage, limits: Limits) -> Verdict:
     return PASSED
 
 
+def only_audits(settings: Settings, rule: str) -> bool:
+    """Tell whether what a rule would do is logged, and not done; a human's block is always done."""
+    is_early = rule in LASTING[1:] and settings.early_signs == "audit"
+    return rule != "blocked" and (is_early or settings.mode == "audit")
+
+
 @functools.lru_cache(maxsize=10_000)
 def place_of(client_address: str, trusted: UserList = NOBODY) -> str | None:
     """Return a client's place, the first number of its address: 198. or 2001:, None if it is trusted or no address.
@@ -1530,8 +1536,8 @@ class Watch:
         if login not in figures:
             seen = self._store.ask(self.SIGHTINGS, {"login": login, "window": HOUR_S, "rows": NEWEST_ROWS}, deadline)
             figures[login] = signs(seen, known, trusted)
-            is_audit = "audit" in (settings.mode, settings.early_signs)  # it would ask for each message to come
-            if not is_audit and decide(Usage(*usage[:4], *figures[login]), limits).rule in LASTING:
+            rule = decide(Usage(*usage[:4], *figures[login]), limits).rule
+            if rule in LASTING and not only_audits(settings, rule):  # an audit would ask for each message to come
                 figures[login] = signs(seen, self.known_places(login, settings, deadline), trusted)
         return Usage(*usage[:4], *figures[login])
 
@@ -1560,7 +1566,6 @@ class Watch:
         if not self._can_judge or not settings.max_places:
             return
         limits = Limits(NEVER, NEVER, places=settings.max_places)
-        is_audit = "audit" in (settings.mode, settings.early_signs)
         for login, recipients in self._store.ask(self.CANDIDATES, {"lately": lately_s, "places": settings.max_places}):
             if not self._store.ask(self.UNLESS_HELD, {"login": login, "incident": ""}):
                 continue  # known before it is looked at: who is forgiven meanwhile must not be held anew
@@ -1568,7 +1573,9 @@ class Watch:
             figures = signs(seen, self.known_places(login, settings, None), settings.trusted_network)
             verdict = decide(Usage(0, 0, frozenset(), 0.0, *figures), limits)
             words = {"login": login, "incident": verdict.incident}
-            if verdict is not PASSED and (is_audit or self._store.ask(INSERT_INTO + self.UNLESS_HELD, words)[0][0]):
+            if verdict is PASSED:
+                continue
+            if only_audits(settings, verdict.rule) or self._store.ask(INSERT_INTO + self.UNLESS_HELD, words)[0][0]:
                 yield login, verdict, int(recipients)
 
 
@@ -2147,8 +2154,7 @@ class Policy:
                          " ask policyd from the smtpd behind it, or use smtpd_milters or content_filter")  # fmt: skip
             if verdict.action == "HOLD":
                 verdict = verdict._replace(action="REJECT")  # better a sender who asks than a thief who is served
-        is_early = verdict.rule in LASTING[1:] and settings.early_signs == "audit"
-        is_audit = (is_early or settings.mode == "audit") and verdict.rule != "blocked"
+        is_audit = only_audits(settings, verdict.rule)
         if usage or verdict.action != "DUNNO":  # what is not counted says nothing of a login that is held
             self.figures.note(event.sasl_username, verdict.action, is_audit)
         if verdict.action == "DUNNO":
@@ -2198,7 +2204,7 @@ class Policy:
             if remedy := repository.index_remedy:
                 raise RepositoryUnavailable(f"they need the index on (sasl_username, ts); {remedy}")
             for login, verdict, recipients in self.recorder.watch.sweep(settings, min(DAY_S, now - self._swept)):
-                if "audit" not in (settings.mode, settings.early_signs):
+                if not only_audits(settings, verdict.rule):
                     log.info(f"Held by the sweep: {login}, {verdict.said}")
                     self._tell_human(Event(login, "", "", None), verdict, recipients)
                 elif now - self._would_hold.get(login, -DAY_S) >= DAY_S:  # no incident is recorded: found each time
