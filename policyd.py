@@ -28,7 +28,7 @@ What it answers, where the sum is the user's recipients of the last 24 hours, th
 
 A login, sender or client address on the blacklist is held at any time; one on the whitelist is let
 through, uncounted, in office hours; mail without a login (inbound mail) is none of our business.
-With mode=audit the answer is always DUNNO, and the log says what it would have been.
+With mode=audit the answer is DUNNO, but for a block, and the log says what it would have been.
 
 A place is the first number of a client's address.  A thief is everywhere at once, or somewhere new: places are new to a
 login that has not used them between a day and `keep_days` ago.  Whoever is stopped has an incident: a row of the
@@ -1040,7 +1040,7 @@ class MariaDBRepository:
     # From here on in words.  The insert takes what is left of the time with it, for MariaDB; on MySQL only locks are
     # waited for, and these have a limit.  Two messages of one millisecond add up; ts = ts, because go-policyd's table
     # would move it.
-    INSERT = f"/*M! SET STATEMENT max_statement_time={{left_s}} FOR */ {INSERT_INTO}"
+    INSERT = f"/*M! SET STATEMENT max_statement_time=<left_s> FOR */ {INSERT_INTO}"
     ADD_UP = "ON DUPLICATE KEY UPDATE recipient_count = COALESCE(recipient_count, 0) + VALUES(recipient_count), ts = ts"
     # A relay's clock may be ahead, even of what FROM_UNIXTIME knows; nobody is to be held until next month for that.
     THEN = "LEAST(FROM_UNIXTIME(LEAST({}, 2147483647000) / 1000), CURRENT_TIMESTAMP(3))"
@@ -1093,12 +1093,12 @@ class MariaDBRepository:
         it by halves, since a statement for each row would take too long.
         """
         rows: list[tuple[int, str, Event]] = []  # position, what is in its place in the statement, event
-        equal: collections.Counter[object] = collections.Counter()
+        equal: dict[object, int] = {}  # of each kind how many came before
         for when, event in zip(times or itertools.repeat(None), events):
             moment, what = self.NOW if when is None else self.THEN.format(when), (when, event[:3])
-            sooner = f" - INTERVAL {1000 * equal[what]} MICROSECOND" if equal[what] else ""
+            before = equal[what] = equal.get(what, -1) + 1
+            sooner = f" - INTERVAL {1000 * before} MICROSECOND" if before else ""
             rows.append((len(rows), f"({moment}{sooner}, %s, %s, %s, %s)", event))
-            equal[what] += 1
         with self._pool.connection(deadline) as connection:
             refused = {} if times else self._insert(connection, rows, RACE_TRIES)
             # In a transaction, what takes several statements, so that a failure on the way leaves no half behind; and a
@@ -1190,7 +1190,7 @@ class MariaDBRepository:
         while True:
             self._look(connection)
             left_s = min(DAY_S, connection.deadline - time.monotonic() - LATE_ROW_S)  # of which an INSERT tells
-            text = statement.format(**self._words, left_s=f"{left_s:.6f}")
+            text = statement.format_map(self._words).replace("<left_s>", f"{left_s:.6f}")
             try:
                 return _query(connection, text, arguments)
             except pymysql.MySQLError as error:
@@ -1916,7 +1916,8 @@ class Recorder:
                 refused = self._repository.insert(events, deadline)
         if refused is None:
             self.journal.insert(events)
-            return self._usages(events, None)
+        if not refused:
+            return self._usages(events, None if refused is None else deadline)
         kept = [event for n, event in enumerate(events) if n not in refused]
         usages = iter(self._usages(kept, deadline))
         return [None if n in refused else next(usages) for n in range(len(events))]
@@ -2017,7 +2018,7 @@ class Recorder:
 # ---- server: connections in, answers out ---------------------------------------------------------------------
 #
 # One message travels one way: Policy.answer() -> _judge() by the lists, or else through Recorder.record() ->
-# _conclude(), which decides and logs -> settle() -> PolicyHandler._reply().  The thread of the connection goes as far
+# decide() -> _conclude(), which logs -> settle() -> PolicyHandler._reply().  The thread of the connection goes as far
 # as record(); from there on it is one of the recorder's, for which all others wait.
 
 LAST_ANSWERS = 10_000  # that are remembered, and whose times the p99 is of
@@ -2062,7 +2063,7 @@ class Figures:
 
 
 class Policy:
-    """Answers requests: the lists, the recorder, the decision, the log line, the answer, in this order.  Thread-safe.
+    """Answers requests: the lists, the recorder, the decision, the answer, the log line.  Thread-safe.
 
     A message that is asked about twice is counted and logged once, and gets one answer: Postfix repeats a request
     whose answer got lost or was late, and asks at DATA and at END-OF-MESSAGE if told to; `instance` is the same then.
@@ -2124,6 +2125,14 @@ class Policy:
         login = settings.login_of(request.sasl_username)[:KEPT_TEXT]
         client_address = request.client_address[:KEPT_TEXT]
         event = Event(login, request.sender.lower()[:KEPT_TEXT], client_address, request.recipient_count)
+
+        def counted(usage: Usage | None) -> None:
+            verdict = decide(usage, settings.limits_of(login, request.sasl_username)) if usage else PASSED
+            if usage and verdict is PASSED:  # what is not counted says nothing of a login that is held
+                self.figures.note(login, "DUNNO")
+                settle("DUNNO")  # before the log's thread is woken
+            settle(self._conclude(request, event, settings, usage, verdict))
+
         is_listed = settings.blacklist.lines or settings.whitelist.lines
         names = names_of(request.sasl_username, login, request.sender) if is_listed else []
         if request.recipient_count == 1 and settings.always_allow.line_of([request.recipient.lower()], ""):
@@ -2134,34 +2143,31 @@ class Policy:
               and in_office_hours(time.localtime(), settings.whitelist_days, settings.whitelist_hours)):  # fmt: skip
             listed = Verdict("DUNNO", said="skipping whitelisted user")
         else:
-            return self.recorder.record(event, lambda usage: settle(self._conclude(request, event, settings, usage)))
+            return self.recorder.record(event, counted)
         settle(self._conclude(request, event, settings, None, listed))
 
     def _conclude(self, request: PolicyRequest, event: Event, settings: Settings, usage: Usage | None,
-                  verdict: Verdict = PASSED) -> str:  # fmt: skip
-        """Return the answer to a message, and log it first: whoever has an answer finds its line.
+                  verdict: Verdict) -> str:  # fmt: skip
+        """Return the answer to a message, and log it; without a usage it is not counted.
 
-        Its usage decides; without one the verdict is that of the lists, or it passes, since it could not be counted.
         An audit only says what it would do, but for a block, which is a human's word.
         """
-        message = "/".join(map(str, event))
+        login, sender, client_address, recipients = event
+        message = f"{login}/{sender}/{client_address}/{recipients}"
         if usage:
             log.info(f"Updating db: {message}/{usage.recipients}")
-            verdict = decide(usage, settings.limits_of(event.sasl_username, request.sasl_username))
         # Where Postfix has no queue id it delivers in spite of HOLD.  (Who types a request by hand gives no state.)
         if not request.queue_id and request.protocol_state in ("END-OF-MESSAGE", "DATA"):
             log.complain("proxy", "Postfix cannot hold what goes into smtpd_proxy_filter: what should be is refused;"
                          " ask policyd from the smtpd behind it, or use smtpd_milters or content_filter")  # fmt: skip
             if verdict.action == "HOLD":
                 verdict = verdict._replace(action="REJECT")  # better a sender who asks than a thief who is served
-        is_audit = only_audits(settings, verdict.rule)
-        if usage or verdict.action != "DUNNO":  # what is not counted says nothing of a login that is held
-            self.figures.note(event.sasl_username, verdict.action, is_audit)
         if verdict.action == "DUNNO":
             if verdict.said:
                 log.info(f"{verdict.said}: {message}")
             return "DUNNO"
-        login, sender, client_address, _ = event
+        is_audit = only_audits(settings, verdict.rule)
+        self.figures.note(login, verdict.action, is_audit)
         who = f" for user {login} using {sender} from ip [{client_address}]" if usage else f": {message}"
         word, text = "REJECTING", settings.reject_message
         if verdict.action == "HOLD":
@@ -2590,8 +2596,9 @@ class Daemon:
         deadline = time.monotonic() + 3.5  # for the answers still owed: systemd kills after 10 s (unit.service)
         self._closing.set()
         self.server.drain(deadline)
-        log.info(f"policyd ends; {self.status()}")
+        status = self.status()
         self._recorder.stop(max(0.1, deadline - time.monotonic()))
+        log.info(f"policyd ends; {status}")
         for thread in self._threads:
             thread.join(max(0.1, deadline - time.monotonic()))
         self._on_stop.keep()  # what the recorder has just recorded, which nobody else will be told of again
