@@ -89,8 +89,8 @@ policy_context=
 
 """  # what Postfix 3.7 sends
 STATEMENTS = {  # of the daemon with the early signs: what is it that the server is asked?
-    "INSERT": r"INSERT INTO", "sums": r"BIT_OR", "known places": r"'forgiven'",
-    "the hour's places": r"MIN\(TIMESTAMPDIFF", "since when held": r"IS NULL GROUP BY client_address",
+    "INSERT": r"INSERT INTO", "sums": r"BIT_OR", "known places": r"AS earlier",
+    "the hour's places": r"MIN\(TIMESTAMPDIFF", "since when held": r"AND recipient_count IS NULL\n",
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # policyd-top20.sh: who sends the most?  For cron jobs and hands that know it; for the postmaster.
 #
-#   policyd-top20.sh [-w] [-n N] [--csv] [-c FILE]
+#   policyd-top20.sh [-w] [-n N] [--csv | --json] [-c FILE]
 #
 # It is `policyd-admin top`, beside this script or on the PATH: policyd-admin top --help.
 

@@ -13,7 +13,7 @@ usage: test.sh [PYTEST-ARGUMENT...]
 
 Runs all tests, or what the arguments for pytest select:
     test.sh -m "not server"     needs neither MariaDB nor Postfix to be started
-    test.sh -m "not postfix"    needs no root once the packages are there
+    test.sh -m "not postfix"    once the packages are there, without root only what mounts or has port 53 fails
     test.sh -k hold -x
 PYTHON=... names another Python than python3 to make .venv with.
 TEXT
