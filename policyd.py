@@ -1040,7 +1040,7 @@ class MariaDBRepository:
     # From here on in words.  The insert takes what is left of the time with it, for MariaDB; on MySQL only locks are
     # waited for, and these have a limit.  Two messages of one millisecond add up; ts = ts, because go-policyd's table
     # would move it.
-    INSERT = f"/*M! SET STATEMENT max_statement_time=<left_s> FOR */ {INSERT_INTO}"
+    INSERT = f"/*M! SET STATEMENT max_statement_time={{left_s}} FOR */ {INSERT_INTO}"
     ADD_UP = "ON DUPLICATE KEY UPDATE recipient_count = COALESCE(recipient_count, 0) + VALUES(recipient_count), ts = ts"
     # A relay's clock may be ahead, even of what FROM_UNIXTIME knows; nobody is to be held until next month for that.
     THEN = "LEAST(FROM_UNIXTIME(LEAST({}, 2147483647000) / 1000), CURRENT_TIMESTAMP(3))"
@@ -1190,7 +1190,7 @@ class MariaDBRepository:
         while True:
             self._look(connection)
             left_s = min(DAY_S, connection.deadline - time.monotonic() - LATE_ROW_S)  # of which an INSERT tells
-            text = statement.format_map(self._words).replace("<left_s>", f"{left_s:.6f}")
+            text = statement.format(**self._words, left_s=f"{left_s:.6f}")
             try:
                 return _query(connection, text, arguments)
             except pymysql.MySQLError as error:
@@ -1584,7 +1584,7 @@ class Watch:
 BATCH_DEADLINE_S = 2.8  # for a batch from the arrival of its oldest event: whoever waits has an answer within 3 s
 LEAST_LEFT_S = 0.5  # of it: a batch that begins with less goes to the journal
 RETRY_DELAYS_S = (1, 15)  # between two looks for a database that is away: the first, twice as long each time, the last
-PAUSE_S = 0.2  # of a recorder that has nothing to do: so late it sees that a store was found, or that we end
+PAUSE_S = 0.2  # of a recorder with nothing to do: so late it sees a store found, or our end; and of a purge
 REPLAY_SLICE = 500  # rows of the journal that one INSERT takes between two batches
 SPARE_BYTES = 256 << 10  # that the journal leaves free: from a disk that is full of it nothing could be moved
 LAST_KNOWN_LOGINS = 100_000
@@ -2127,10 +2127,11 @@ class Policy:
         event = Event(login, request.sender.lower()[:KEPT_TEXT], client_address, request.recipient_count)
 
         def counted(usage: Usage | None) -> None:
+            """Decide, answer and log, once the recorder tells the usage; without one it could not be counted."""
             verdict = decide(usage, settings.limits_of(login, request.sasl_username)) if usage else PASSED
             if usage and verdict is PASSED:  # what is not counted says nothing of a login that is held
                 self.figures.note(login, "DUNNO")
-                settle("DUNNO")  # before the log's thread is woken
+                settle("DUNNO")  # before the log's thread is woken; below nobody waits any more
             settle(self._conclude(request, event, settings, usage, verdict))
 
         is_listed = settings.blacklist.lines or settings.whitelist.lines
