@@ -176,6 +176,9 @@ class Log:
         self._complaints: dict[str, tuple[float, int, str]] = {}  # of a topic: since when, how many more, the last line
         self._write: Callable[[int, str], object] = syslog.syslog
         self.thread = threading.Thread(target=self._write_all, name="log", daemon=True)
+        self.info = functools.partial(self._put, syslog.LOG_INFO)  # a decision
+        self.warning = functools.partial(self._put, syslog.LOG_WARNING)  # a human should look
+        self.error = functools.partial(self._put, syslog.LOG_ERR)  # counting is impaired
 
     def start(self, to_stderr: bool) -> None:
         """Write to syslog as daemon/policyd[pid], or the same lines to stderr, from now on.
@@ -191,10 +194,6 @@ class Log:
         if self._lines.qsize() < LOG_QUEUE_LINES:
             return self._lines.put((level, printable(line)))
         self._dropped += 1
-
-    info = functools.partialmethod(_put, syslog.LOG_INFO)  # a decision
-    warning = functools.partialmethod(_put, syslog.LOG_WARNING)  # a human should look
-    error = functools.partialmethod(_put, syslog.LOG_ERR)  # counting is impaired
 
     def complain(self, topic: str, line: str) -> None:
         """Warn of what may happen a thousand times: of a topic at once, and tick() tells how many more came."""
@@ -777,7 +776,8 @@ def in_office_hours(now: time.struct_time, days: tuple[int, int], hours: tuple[i
 # and asks for the sums, one that looks for the store checks it, the housekeeper's purges and sweeps.
 
 CONNECT_TIMEOUT_S = 1
-LATE_ROW_S = 0.2  # by so much sooner than we stop waiting, the server ends a statement, and none is begun any more
+STATEMENT_S = 2  # after which the server ends a statement itself, so that it leaves no late row behind
+LATE_ROW_S = 0.2  # by so much sooner than we stop waiting, it does so, too, and none is begun any more
 RACE_TRIES = 6  # two relays on two Galera nodes lose one to the other some times in a row, hardly as often
 IDLE_CONNECTION_S = 60  # firewalls drop older ones in silence
 PURGE_SLICE = 1000  # rows of one DELETE, for which the embedded store is locked
@@ -867,10 +867,10 @@ class ConnectionPool:
     # For both kinds of server: each skips what is the other's.  Some begin with autocommit=0, which the driver does not
     # notice, so that nothing would ever be committed; some with a sql_mode that refuses each null sender, or another
     # character set, which PyMySQL 1.0 leaves alone.  time_zone stays as it is: the rows of an old table are in the
-    # server's local time.  The server ends a statement itself after 2 s, so that it leaves no late row behind.
+    # server's local time.
     INIT = "SET NAMES utf8mb4, SESSION autocommit=1, sql_mode='STRICT_ALL_TABLES'"
-    LIMITS = "/*M! , max_statement_time=2 */" \
-             " /*!50708 , max_execution_time=2000, lock_wait_timeout=2, innodb_lock_wait_timeout=2 */"
+    LIMITS = f"/*M! , max_statement_time={STATEMENT_S} */ /*!50708 , max_execution_time={1000 * STATEMENT_S}," \
+             f" lock_wait_timeout={STATEMENT_S}, innodb_lock_wait_timeout={STATEMENT_S} */"
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -1037,10 +1037,9 @@ class MariaDBRepository:
         " WHERE table_schema = DATABASE() AND table_name = %(table)s"
         " ORDER BY FIELD(column_name, 'client_address', 'sender', 'sasl_username') DESC, ordinal_position"
     )
-    # From here on in words.  The insert takes what is left of the time with it, for MariaDB; on MySQL only locks are
-    # waited for, and these have a limit.  Two messages of one millisecond add up; ts = ts, because go-policyd's table
-    # would move it.
-    INSERT = f"/*M! SET STATEMENT max_statement_time={{left_s}} FOR */ {INSERT_INTO}"
+    # From here on in words.  Two messages of one millisecond add up; ts = ts, because go-policyd's table would move it.
+    INSERT = f"{{limit}} {INSERT_INTO}"
+    LIMIT = "/*M! SET STATEMENT max_statement_time={:.6f} FOR */"  # MySQL waits for locks only, and these have a limit
     ADD_UP = "ON DUPLICATE KEY UPDATE recipient_count = COALESCE(recipient_count, 0) + VALUES(recipient_count), ts = ts"
     # A relay's clock may be ahead, even of what FROM_UNIXTIME knows; nobody is to be held until next month for that.
     THEN = "LEAST(FROM_UNIXTIME(LEAST({}, 2147483647000) / 1000), CURRENT_TIMESTAMP(3))"
@@ -1189,10 +1188,11 @@ class MariaDBRepository:
         """
         while True:
             self._look(connection)
-            left_s = min(DAY_S, connection.deadline - time.monotonic() - LATE_ROW_S)  # of which an INSERT tells
-            text = statement.format(**self._words, left_s=f"{left_s:.6f}")
+            left_s = connection.deadline - time.monotonic() - LATE_ROW_S
+            # A batch that has just begun does with the session's; a move of the embedded store has a day.
+            limit = "" if STATEMENT_S <= left_s < 2 * STATEMENT_S else self.LIMIT.format(left_s)
             try:
-                return _query(connection, text, arguments)
+                return _query(connection, statement.format(**self._words, limit=limit), arguments)
             except pymysql.MySQLError as error:
                 tries -= 1
                 if not tries or error.args[0] not in RETRIED:
@@ -1600,12 +1600,12 @@ class LastKnown:
     """
 
     def __init__(self) -> None:
-        # An OrderedDict: a dict that loses its first key each time is slow to find the next one.
-        self._usages: collections.OrderedDict[str, dict[int, Usage]] = collections.OrderedDict()
+        # When, what, and how much more by which minute.  (A dict that loses its first key is slow to find the next.)
+        self._usages: collections.OrderedDict[str, tuple[int, Usage, dict[int, Usage]]] = collections.OrderedDict()
 
     def put(self, login: str, usage: Usage, now: int) -> None:
         """Remember what was used."""
-        self._usages[login] = {now: usage}
+        self._usages[login] = now, usage, {}
         self._usages.move_to_end(login)
         while len(self._usages) > LAST_KNOWN_LOGINS:
             self._usages.popitem(last=False)
@@ -1619,7 +1619,7 @@ class LastKnown:
         for _, ms, event in rows:
             number += 1
             minute = -(-ms // 60_000) * 60_000  # its end: rather too hard for a minute than too soft
-            known = self._usages.setdefault(event.sasl_username, {})
+            known = self._usages.setdefault(event.sasl_username, (0, NOTHING, {}))[2]
             more = sign * (event.recipient_count or 0)
             incidents = frozenset([event.client_address] if event.recipient_count is None else [])
             known[minute] = known.get(minute, NOTHING).plus(Usage(more, more, incidents))
@@ -1627,8 +1627,9 @@ class LastKnown:
 
     def get(self, login: str, now: int) -> Usage:
         """Return what was used, as far as it is known and not too old."""
+        then, seen, more = self._usages.get(login, (0, NOTHING, {}))
         total = NOTHING
-        for ms, usage in self._usages.get(login, {}).items():
+        for ms, usage in ((then, seen), *more.items()):
             if now - ms < DAY_S * 1000:
                 total = total.plus(usage if now - ms < HOUR_S * 1000 else usage._replace(of_hour=0))
         return total
