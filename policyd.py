@@ -949,6 +949,8 @@ class ConnectionPool:
 
         TLS by a context of our own, made anew of the files as they are now: the driver's own ssl_ca verifies nothing.
         """
+        if deadline - time.monotonic() <= LATE_ROW_S:  # else it would seem to be the one that is slow
+            raise RepositoryUnavailable("no time is left, what came before it was too slow")
         settings, is_file = self._settings, host.startswith("/")
         tls = settings.tls() if settings.dbssl_ca and not is_file else None
         connection = _connection_class()(
@@ -957,7 +959,7 @@ class ConnectionPool:
             user=settings.dbuser, database=settings.dbname, charset="utf8mb4",
             password=settings.dbpass.encode(),  # as text the driver would send Latin-1
             autocommit=True,  # committed before it is summed, or two relays would miss each other
-            connect_timeout=max(0.01, min(CONNECT_TIMEOUT_S, deadline - time.monotonic())),
+            connect_timeout=min(CONNECT_TIMEOUT_S, deadline - time.monotonic()),
             init_command=self.INIT + limits, defer_connect=True,
         )  # fmt: skip
         connection.deadline = deadline

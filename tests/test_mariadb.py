@@ -240,6 +240,11 @@ def test_servers_that_give_nothing_are_passed_over(database: Database, doors: li
         ports = free_port(), babbling.port, deaf.getsockname()[1], doors[0].port
         servers = ", ".join(f"127.0.0.1:{port}" for port in ports)
         assert count(database.repository(dbhost=servers), event("anna", 3)) == [3]
+    doors[1].delay_s = 0.95  # of each packet: it is not done in time, and then there is none for the next one
+    repository = database.repository(dbhost=", ".join(f"127.0.0.1:{door.port}" for door in doors[::-1]))
+    with contextlib.suppress(RepositoryUnavailable):
+        repository.check(2.8)
+    repository.check(2.8)
 
 
 def test_the_next_server_is_taken_when_one_fails_or_does_not_work(database: Database, doors: list[Door]) -> None:
@@ -267,8 +272,7 @@ def test_a_name_that_is_lost_keeps_its_address(database: Database, monkeypatch: 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     repository.resolve()
     assert count(repository, event("anna", 3)) == [3]
-    refusal = "db.example.org: [Errno -3] Temporary failure in name resolution"
-    assert refusal in unavailable(database.repository(dbhost="db.example.org").check, 5)
+    assert "db.example.org: [Errno -3] Temp" in unavailable(database.repository(dbhost="db.example.org").check, 5)
 
 
 def test_a_connection_that_the_server_closed_is_replaced_without_an_outage(database: Database) -> None:
