@@ -1932,7 +1932,7 @@ class Recorder:
         """
         now, clock = self.journal.now_ms(), int(self._clock() * 1000)  # that of the wall may be set meanwhile
         logins = [event.sasl_username for event in events]
-        known = {} if self.journal.is_empty() else {login: self.journal.known.get(login, now) for login in logins}
+        known = {} if self.journal.is_empty() else {login: self.journal.known.get(login, now) for login in {*logins}}
         usages: list[Usage] = []
         if deadline is not None:
             with self._or_outage():
@@ -1944,7 +1944,7 @@ class Recorder:
                 return self.watch.look(events, usages, self.settings, deadline)
             if not usages:
                 self._last_known.grow((0, clock, event) for event in events)  # it has them, though it does not tell
-        totals = {login: self._last_known.get(login, clock).plus(known.get(login, NOTHING)) for login in logins}
+        totals = {login: self._last_known.get(login, clock).plus(known.get(login, NOTHING)) for login in {*logins}}
         return self.watch.look(events, run_up(logins, events, totals), self.settings, None)
 
     @contextlib.contextmanager
