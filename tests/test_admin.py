@@ -379,7 +379,7 @@ def test_a_slow_thief_and_one_of_a_single_new_place_too(history: Desk) -> None:
         "carla": (11, 1, {"HOLD newplace"}),  # from the hundredth recipient on
         "anna@a.example": (2, 1, {"HOLD newplace"}),
     }
-    history.write(*quotas, "quota=carla:unlimited", "quota=anna@a.example:500", "trusted_network=0.0.0.0/1")
+    history.write(*quotas, "quota=carla:1500", "quota=anna@a.example:500", "trusted_network=0.0.0.0/1")
     assert held(history, *options) == {}
 
 

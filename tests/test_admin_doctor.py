@@ -106,9 +106,7 @@ def test_each_mistake_of_a_service_is_found_and_main_cf_is_for_all(desk: Desk, t
     assert found.has("wrong", "no service of Postfix lets users log in")
 
 
-def test_a_daemon_that_does_not_run_or_has_other_settings_is_wrong(
-    desk: Desk, policyd: Start
-) -> None:
+def test_a_daemon_that_does_not_run_or_has_other_settings_is_wrong(desk: Desk, policyd: Start) -> None:
     running = policyd()
     desk.write(port=str(free_port()))
     found = Findings(desk)

@@ -272,7 +272,8 @@ def test_a_name_that_is_lost_keeps_its_address(database: Database, monkeypatch: 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     repository.resolve()
     assert count(repository, event("anna", 3)) == [3]
-    assert "db.example.org: [Errno -3] Temp" in unavailable(database.repository(dbhost="db.example.org").check, 5)
+    refusal = "db.example.org: [Errno -3] Temporary failure in name resolution"
+    assert refusal in unavailable(database.repository(dbhost="db.example.org").check, 5)
 
 
 def test_a_connection_that_the_server_closed_is_replaced_without_an_outage(database: Database) -> None:
@@ -334,7 +335,10 @@ def test_a_lock_that_is_not_had_in_time_is_an_outage_and_not_tried_again(databas
 
 
 def test_an_insert_is_ended_by_the_server_before_we_stop_waiting_for_it(database: Database) -> None:
-    """So that no late row comes in; but it may take longer than a connect, which has a second."""
+    """So that no late row comes in beside its journaled copy; what could come in late only is not even sent.
+
+    And a statement may take longer than a connect, for which we wait for a second.
+    """
     repository = database.repository()
     repository.check(5)
     with database.table_locked():

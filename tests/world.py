@@ -80,9 +80,7 @@ def incidents(events: Iterable[Event]) -> set[str]:
 def events_in(path: Path) -> Counter[Event]:
     if path.exists():
         with contextlib.closing(sqlite3.connect(path)) as connection, contextlib.suppress(sqlite3.OperationalError):
-            rows = connection.execute(
-                "SELECT sasl_username, sender, client_address, recipient_count FROM events"
-            )
+            rows = connection.execute("SELECT sasl_username, sender, client_address, recipient_count FROM events")
             return Counter(Event(*row) for row in rows)
     return Counter()
 
