@@ -216,7 +216,7 @@ VALUES = {
             "198.51.100.0/24, 203.0.113.0/24", "*@Bad.Example", "192.0.2.*", "10.*", "anna*", "*", "2001:db8::*",
             "lena@*.example.org", "@example.*", "/^svc-/", "/@bad\\.example$/i", "192.0.2.10-192.0.2.20",
             "192.0.2.10 - 192.0.2.20", "2001:db8::1-ff", "2001:db8:1/48", "1:2:3:4:5:6:7:1-8",
-            "192.0.2.1\u2013192.0.2.9", "192.0.2.0 255.255.255.0",
+            "192.0.2.1\u2013192.0.2.9", "192.0.2.0 255.255.255.0", "lena*@example.org", "lena.*@example.org",
             "lena@example.org lisa@example.org", "192.0.2.256", "192.0.2.", "192.*.2.1", "2001:db8:::1", "IPv6:::1",
             "@.example.org", "[::1]", '"igor"', "'igor'", "\u201cigor\u201d", "<lena@example.org>"))],
     "give FROM-TO, say 7-19": ["whitelist_hours=19-7", "whitelist_hours=7-25"],
