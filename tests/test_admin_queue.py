@@ -277,7 +277,7 @@ def test_who_received_what_is_told_from_the_log_of_postfix(postfix: Postfix, tmp
     begin = rf"^[-0-9]+ [:0-9]+ {sent} from 127\.0\.0\.1\n  <alice@example\.org>\n"
     assert re.search(rf"{begin}    sent +rcpt0@example\.net  ", text, re.MULTILINE)
     assert re.search(rf" {later} from 127\.0\.0\.1\n  <>\n    deferred +rcpt0@later\.example\.net  \S", text)
-    assert re.search(rf" {held} from 127\.0\.0\.1\n  <\?>\n    not delivered", text)
+    assert re.search(rf" {held} from 127\.0\.0\.1\n  <\?>\n    not delivered: it waits, or was refused", text)
     assert "boris" not in text
     total = r"^alice: \d+ messages of 24 hours in the log\nrecipients: .*\d+ deferred, \d+ sent$"
     assert re.search(total, text, re.MULTILINE)
