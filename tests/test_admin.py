@@ -199,7 +199,7 @@ def test_why_she_is_held_and_until_when(store: Store, desk: Desk) -> None:
     (["defaultquota=3", "rejectquota=9"], "HOLD: overquota (4>3)", "3 9 unlimited",
      "FILE:2 defaultquota; FILE:3 rejectquota"),
     (["hourquota=4"], "HOLD: hourquota (4>4)", "1500 3000 4", "FILE:2 hourquota"),
-    (["blacklist=x", "blacklist=Anna"], "HOLD: blacklisted, line 3 of the settings", "1500 3000 unlimited", "default"),
+    (["hourquota=4", "blacklist=Anna"], "HOLD: blacklisted, line 3 of the settings", "1500 3000 4", "FILE:2 hourquota"),
     (["strip_domain=no", "quota=@a.org:3"], "HOLD: overquota (4>3)", "3 6 unlimited", "FILE:3 quota=@a.org"),
 ])  # fmt: skip
 def test_it_is_told_what_holds_her_and_which_line_says_so(
@@ -212,6 +212,7 @@ def test_it_is_told_what_holds_her_and_which_line_says_so(
     assert f"{known['state']}: {known['why']}" == state
     assert " ".join(known[name] for name in ("quota", "reject", "hourquota")) == limits
     assert known["set_by"] == by.replace("FILE", str(desk.file))
+    assert bool(known["held_until"]) == (">" in state and "quota=anna:0" not in lines), "a list ends when its line does"
 
 
 def test_who_is_in_too_many_places_is_held_until_a_day_after_the_incident_and_which_are_new_is_told(desk: Desk) -> None:
@@ -226,9 +227,11 @@ def test_who_is_in_too_many_places_is_held_until_a_day_after_the_incident_and_wh
     desk.write("early_signs=yes", "keep_days=30", "trusted_network=10.0.0.0/8")
     (found,) = desk.objects("user", "anna")
     assert {client["client"] for client in found["client"] if client["new"]} == {"203.0.113.1"}
-    known = desk.report("anna")
-    assert known["why"].startswith("places (since ")
-    assert known["held_until"][:16] in (moment(-23 * HOUR_S), moment(-23 * HOUR_S + 60))
+    assert found["why"].startswith("places (since ")
+    assert found["held_until"][:16] in (moment(-23 * HOUR_S), moment(-23 * HOUR_S + 60))
+    desk.fill(incident(2 * HOUR_S, "anna", "HOLD blocked"))
+    desk.write("early_signs=yes", "keep_days=30", "mode=audit", "defaultquota=2")  # which makes no block longer
+    assert desk.report("anna")["held_until"][:16] in (moment(-22 * HOUR_S), moment(-22 * HOUR_S + 60))
 
 
 @on_stores("SQLite", "schema.sql", "go-policyd")
@@ -330,8 +333,7 @@ def test_the_other_limits_are_those_of_the_call_or_of_the_settings(desk: Desk) -
         (["900", "--hourquota", "0"], Limits(900, 2000, NEVER)),
     ):  # fmt: skip
         assert whatif(desk, *arguments) == replay(desk.store, limits)
-    line = desk.refusal("whatif", "2001")
-    assert line == "first held, then refused: 2000 is below 2001; give --rejectquota"
+    assert desk.refusal("whatif", "2001") == "first held, then refused: 2000 is below 2001; give --rejectquota"
 
 
 @pytest.fixture

@@ -115,8 +115,7 @@ def test_a_block_holds_at_once_everywhere_until_it_is_lifted(store: Store, polic
     """Also a login that was never seen, also in mode=audit; and no undo revives it."""
     running = policyd(**{"mode": "audit", **store.settings})
     desk = Desk(running.settings_file)
-    would = desk("block", "Boris")
-    assert would.startswith("boris: all mail is held from now on for 24 hours, on all relays\n")
+    assert desk("block", "Boris").startswith("boris: all mail is held from now on for 24 hours, on all relays\n")
     assert running.ask(sasl_username="boris") == DUNNO
     did = desk("block", "boris", "--yes")
     assert "\nHOLD: blocked (since " in did
@@ -139,8 +138,7 @@ def test_a_block_holds_at_once_everywhere_until_it_is_lifted(store: Store, polic
 
 
 def test_a_block_says_what_beats_it_and_that_a_domain_is_no_login(desk: Desk) -> None:
-    lines = ["whitelist=carla", "whitelist=boris", "whitelist_days=1-7", "whitelist_hours=0-24"]
-    desk.write(*lines)
+    desk.write("whitelist=carla", "whitelist=boris", "whitelist_days=1-7", "whitelist_hours=0-24")
     text = desk("block", "boris", "--yes")
     assert "boris: BUT line 3 of the settings whitelists it" in text
     assert "\nok: whitelisted now" in text
