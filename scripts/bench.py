@@ -395,7 +395,8 @@ def print_statements(database: Database, daemon: Daemon, asking: object, argumen
     text = log.read_text(errors="replace")
     counts = {name: len(re.findall(pattern, text)) for name, pattern in STATEMENTS.items()}
     requests = sum(load.answered.values()) * 2 // (1 + arguments.recipients)
-    print(f"with early signs, at 16 connections, about {requests} requests were: "
+    others = " of the others" * (arguments.load == "hot")
+    print(f"with early signs, at 16 connections, about {requests} requests{others} were: "
           + ", ".join(f"{count} x {name}" for name, count in counts.items()))
 
 
