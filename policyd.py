@@ -1660,7 +1660,7 @@ class Journal:
         self._directory = os.path.dirname(file.path) or "."
         self.kept: list[Row] = []  # in memory only: what the file could not take
         self._in_file: int | None = None  # events that wait there; None: not seen yet, or unreadable (`trouble`)
-        self._moved = 0  # row id up to which the store has all, though it could not be deleted yet
+        self._moved = -1  # row id up to which the store has all, still to be deleted; -1: perhaps nothing can be
         self.known = LastKnown()  # what waits, in memory and in the file
         self.trouble = ""  # what is wrong with the file
         self._next_look = 0.0
@@ -1673,7 +1673,7 @@ class Journal:
 
     def is_empty(self) -> bool:
         """Tell whether certainly nothing waits, and nothing could be counted twice."""
-        return self._in_file == 0 and not self.kept and not self._moved
+        return self._in_file == 0 and not self.kept and self._moved <= 0
 
     def is_due(self) -> bool:
         """Tell whether it is time for look(): each minute, and at once when a file in which events wait is gone."""
@@ -1693,10 +1693,9 @@ class Journal:
         with self._or_trouble():
             if is_gone:
                 self.kept = [row for row in self._file.leave() if row[0] > self._moved] + self.kept
-                self._in_file, self._moved = None, 0
-            if self._moved:
+                self._in_file, self._moved = None, -1
+            if self._moved > 0:
                 self._file.forget(self._moved)
-                self._moved = 0
             if not self._in_file:  # else it has what we have put there
                 self._in_file = None
                 # If there is none nothing waits in it, though it could not be made now; but it may be out of our reach.
@@ -1708,6 +1707,7 @@ class Journal:
                 if self._in_file and not self.trouble:
                     log.warning(f"{self._in_file} events of an earlier outage wait in the journal")
             self._file.check()
+            self._moved = 0  # only now: what cannot be deleted would be moved again by each start
             self._write()
             if self.trouble:
                 self.trouble = ""
