@@ -1602,12 +1602,12 @@ class LastKnown:
     """
 
     def __init__(self) -> None:
-        # When, what, and how much more by which minute.  (A dict that loses its first key is slow to find the next.)
-        self._usages: collections.OrderedDict[str, tuple[int, Usage, dict[int, Usage]]] = collections.OrderedDict()
+        # What, by when.  (A dict that loses its first key is slow to find the next.)
+        self._usages: collections.OrderedDict[str, dict[int, Usage]] = collections.OrderedDict()
 
     def put(self, login: str, usage: Usage, now: int) -> None:
         """Remember what was used."""
-        self._usages[login] = now, usage, {}
+        self._usages[login] = {now: usage}
         self._usages.move_to_end(login)
         while len(self._usages) > LAST_KNOWN_LOGINS:
             self._usages.popitem(last=False)
@@ -1621,7 +1621,7 @@ class LastKnown:
         for _, ms, event in rows:
             number += 1
             minute = -(-ms // 60_000) * 60_000  # its end: rather too hard for a minute than too soft
-            known = self._usages.setdefault(event.sasl_username, (0, NOTHING, {}))[2]
+            known = self._usages.setdefault(event.sasl_username, {})
             more = sign * (event.recipient_count or 0)
             incidents = frozenset([event.client_address] if event.recipient_count is None else [])
             known[minute] = known.get(minute, NOTHING).plus(Usage(more, more, incidents))
@@ -1629,9 +1629,8 @@ class LastKnown:
 
     def get(self, login: str, now: int) -> Usage:
         """Return what was used, as far as it is known and not too old."""
-        then, seen, more = self._usages.get(login, (0, NOTHING, {}))
         total = NOTHING
-        for ms, usage in ((then, seen), *more.items()):
+        for ms, usage in self._usages.get(login, {}).items():
             if now - ms < DAY_S * 1000:
                 total = total.plus(usage if now - ms < HOUR_S * 1000 else usage._replace(of_hour=0))
         return total
