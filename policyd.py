@@ -1188,18 +1188,17 @@ class MariaDBRepository:
 
         Once only in a transaction: a deadlock rolls back all of it.
         """
-        while True:
-            self._look(connection)
-            left_s = connection.deadline - time.monotonic() - LATE_ROW_S
-            # A batch that has just begun does with the session's; a move of the embedded store has a day.
-            limit = "" if STATEMENT_S <= left_s < 2 * STATEMENT_S else self.LIMIT.format(left_s)
-            try:
-                return _query(connection, statement.format(**self._words, limit=limit), arguments)
-            except pymysql.MySQLError as error:
-                tries -= 1
-                if not tries or error.args[0] not in RETRIED:
-                    raise
-                self._next_look = 0.0
+        self._look(connection)
+        left_s = connection.deadline - time.monotonic() - LATE_ROW_S
+        # A batch that has just begun does with the session's; a move of the embedded store has a day.
+        limit = "" if STATEMENT_S <= left_s < 2 * STATEMENT_S else self.LIMIT.format(left_s)
+        try:
+            return _query(connection, statement.format(**self._words, limit=limit), arguments)
+        except pymysql.MySQLError as error:
+            if tries == 1 or error.args[0] not in RETRIED:
+                raise
+        self._next_look = 0.0
+        return self._ask(connection, statement, arguments, tries - 1)
 
     def check(self, patience_s: float) -> str:
         """Return one line on the store, once it has been seen that events can be inserted and read: none are.
