@@ -1217,13 +1217,12 @@ class MariaDBRepository:
         return found
 
     def problems(self, deadline: float) -> list[str]:
-        """Return what else is missing, though events can be counted; the daemon itself goes on without it.
+        """Return what else is missing, once check() has found that events can be counted; the daemon goes on without.
 
         caching_sha2_password needs the module only until the server remembers the login, that is, after its next start.
         """
+        found = [f"{self.index_remedy}: sums are slow without it"] if "INVISIBLE" in self.index_remedy else []
         with self._pool.connection(deadline) as connection:
-            self._look(connection)
-            found = [f"{self.index_remedy}: sums are slow without it"] if "INVISIBLE" in self.index_remedy else []
             needs_key = "caching_sha2_password" in str(_query(connection, "SHOW CREATE USER CURRENT_USER()"))
             is_secure = connection._secure or not connection.password or importlib.util.find_spec("cryptography")
         if needs_key and not is_secure:
