@@ -1077,9 +1077,7 @@ class MariaDBRepository:
         self._settings, self._name = settings, settings.policy_table
         self._pool = ConnectionPool(settings)
         self.resolve, self.close = self._pool.resolve, self._pool.close
-        self._next_look = 0.0  # at the table; the rest is as it was last seen
-        self._columns: list[tuple[int, str]]  # width in characters and Python codec of the three texts
-        self._words: dict[str, str]  # of the statements, with what they mean here
+        self._next_look = 0.0  # at the table; all else is as it was last seen, _columns and _words, too
         self.index_remedy = "run policyd --init-db"  # for the index that finds a login's events; empty: it is there
         self._long: dict[str, frozenset[str]] = {}  # logins past all limits at this look, and their incidents
 
@@ -1260,13 +1258,14 @@ class MariaDBRepository:
         facts = _query(connection, self.FACTS, {"table": self._name})
         if not facts:
             raise RepositoryUnavailable(f"there is no {self}; create it with policyd --init-db")
+        # Of the three texts: width in characters, and Python codec.
         self._columns = [(width or KEPT_TEXT, CODECS.get(charset, "ascii")) for width, charset, *_ in facts[:3]]
         *_, collation, key, is_hidden = facts[0][:5]
         login = "sasl_username" if collation == "utf8mb4_bin" else self.BINARY
         remedy = f"index {key} is IGNORED (MariaDB) or INVISIBLE (MySQL)" if is_hidden else "run policyd --init-db"
         self.index_remedy = "" if key and not is_hidden else remedy
         table, force_index = f"`{self._name}`", "" if self.index_remedy else f"FORCE INDEX (`{key}`)"
-        self._words = {
+        self._words = {  # what those of the statements mean here
             "table": table, "from_": f"{table} {force_index}", "by_time": f"{table} FORCE INDEX (PRIMARY)",
             "login": login, "of_login": f"sasl_username = %(login)s AND {login} = %(login)s",
             "place": self.PLACE, "now": self.NOW, "age": self.AGE,
