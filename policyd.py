@@ -89,7 +89,7 @@ import time
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Optional, Union
 
 if TYPE_CHECKING:
     import pymysql
@@ -1292,14 +1292,19 @@ class SQLiteRepository:
         CREATE INDEX IF NOT EXISTS incidents ON events (sasl_username, ts, client_address)
             WHERE recipient_count IS NULL;
     """
+    WORDS: ClassVar[dict[str, str]] = {
+        "table": "events", "from_": "events", "by_time": "events", "login": "sasl_username", "now": ":now",
+        "of_login": "sasl_username = :login", "place": "place(client_address)", "age": "((:now - ts) / 1000.0)",
+        **{f"since {name}": f"ts > :now - 1000 * {seconds}" for name, seconds in PERIODS.items()},
+    }  # fmt: skip
     INSERT = f"INSERT INTO events ({EVENT_COLUMNS}) VALUES (?, ?, ?, ?, ?)"
-    OF_LOGIN = "FROM events WHERE sasl_username = :login AND ts > :day"
     USAGE = (
-        "SELECT coalesce(sum(recipient_count), 0), coalesce(sum(recipient_count * (ts > :hour)), 0),"
+        "SELECT coalesce(sum(recipient_count), 0), coalesce(sum(recipient_count * ({since hour})), 0),"
         " (SELECT group_concat(DISTINCT client_address) FROM events INDEXED BY incidents"  # else all are read
-        " WHERE sasl_username = :login AND ts > :day AND recipient_count IS NULL)"
-        f" FROM (SELECT ts, recipient_count {OF_LOGIN} AND recipient_count > 0 ORDER BY ts DESC LIMIT :rows)"
-    )
+        " WHERE {of_login} AND {since day} AND recipient_count IS NULL)"
+        " FROM (SELECT ts, recipient_count FROM events WHERE {of_login} AND {since day} AND recipient_count > 0"
+        " ORDER BY ts DESC LIMIT :rows)"
+    ).format(**WORDS)
     FIRST = f"SELECT rowid, {EVENT_COLUMNS} FROM events ORDER BY rowid LIMIT ?"
     index_remedy = ""  # there is one
     OLDEST = "SELECT rowid FROM {table} NOT INDEXED WHERE NOT {since keep} LIMIT %(rows)s"  # the first ones in the file
@@ -1315,13 +1320,13 @@ class SQLiteRepository:
     def __str__(self) -> str:
         return f"embedded store {self.path}"
 
-    def ms_ago(self, seconds: float = 0) -> int:
-        """Return when that was, in ms since 1970."""
-        return int((self._clock() - seconds) * 1000)
+    def now_ms(self) -> int:
+        """Return the time in ms since 1970."""
+        return int(self._clock() * 1000)
 
     def insert(self, events: Sequence[Event], deadline: float, times: Sequence[int] | None = None) -> set[int]:
         """See MariaDBRepository; nothing is ever refused."""
-        now = self.ms_ago()  # never later: the clock may have been ahead
+        now = self.now_ms()  # never later: the clock may have been ahead
         rows = [(min(ts, now), *event) for ts, event in zip(times or [now] * len(events), events)]
         with self._connection() as connection:
             connection.executemany(self.INSERT, rows)
@@ -1330,25 +1335,19 @@ class SQLiteRepository:
     def usages(self, events: Sequence[Event], settings: Settings, deadline: float) -> list[Usage]:
         """See MariaDBRepository."""
         logins = [event.sasl_username for event in events]
-        totals, day, hour = {}, self.ms_ago(DAY_S), self.ms_ago(HOUR_S)
+        totals, now = {}, self.now_ms()
         with self._connection() as connection:
             for login in dict.fromkeys(logins):
-                words = {"login": login, "rows": settings.limits_of(login).rows, "day": day, "hour": hour}
+                words = {"login": login, "rows": settings.limits_of(login).rows, "now": now}
                 recipients, of_hour, incidents = connection.execute(self.USAGE, words).fetchone()
                 totals[login] = Usage(recipients, of_hour, frozenset(incidents.split(",") if incidents else ()))
         return run_up(logins, events, totals)
 
     def ask(self, statement: str, arguments: Mapping[str, object], deadline: float | None = None) -> list[Any]:
         """See MariaDBRepository."""
-        now = str(self.ms_ago())
-        since = {f"since {name}": f"ts > {now} - 1000 * {seconds}" for name, seconds in PERIODS.items()}
-        text = statement.format(
-            table="events", from_="events", by_time="events", login="sasl_username", now=now,
-            of_login="sasl_username = %(login)s", place="place(client_address)", age=f"(({now} - ts) / 1000.0)",
-            **since,
-        )  # fmt: skip
+        text = re.sub(r"%\((\w+)\)s", r":\1", statement.format(**self.WORDS))
         with self._connection() as connection:
-            cursor = connection.execute(re.sub(r"%\((\w+)\)s", r":\1", text), arguments)
+            cursor = connection.execute(text, {**arguments, "now": self.now_ms()})
             return cursor.fetchall() if cursor.description else [(cursor.rowcount,)]
 
     def check(self, patience_s: float = 0) -> str:
@@ -1652,7 +1651,7 @@ class Journal:
         file.more_schema = "PRAGMA wal_autocheckpoint = 32; PRAGMA secure_delete = OFF; PRAGMA busy_timeout = 100"
         self._file = file
         self._clock = clock
-        self.path, self.now_ms, self.close = file.path, file.ms_ago, file.close
+        self.path, self.now_ms, self.close = file.path, file.now_ms, file.close
         self._directory = os.path.dirname(file.path) or "."
         self.kept: list[Row] = []  # in memory only: what the file could not take
         self._in_file: int | None = None  # events that wait there; None: not seen yet, or unreadable (`trouble`)
