@@ -1763,13 +1763,12 @@ class Journal:
             return rows
         self._in_file = (self._in_file or 0) - len(rows)
         self._moved = rows[-1][0]
-        try:
+        with self._or_trouble():
             self._file.forget(self._moved)
             self._moved = 0
-        except RepositoryUnavailable as error:
-            self.trouble = self.trouble or str(error)
-            log.error(f"the database has events that cannot be deleted from the journal: {error}; trying each minute,"
-                      " nothing else is moved before, and a crash would count them twice")  # fmt: skip
+        if self._moved:
+            log.error("the database has events that cannot be deleted from the journal; trying each minute, nothing"
+                      " else is moved before, and a crash would count them twice")  # fmt: skip
         return rows
 
 
