@@ -1287,7 +1287,7 @@ class SQLiteRepository:
         CREATE TABLE IF NOT EXISTS events (ts INTEGER NOT NULL, sasl_username TEXT NOT NULL, sender TEXT NOT NULL,
             client_address TEXT NOT NULL, recipient_count INTEGER);
     """
-    INDEXES = """
+    more_schema = """  -- a journal has other needs
         CREATE INDEX IF NOT EXISTS login_ts ON events (sasl_username, ts, recipient_count, client_address);
         CREATE INDEX IF NOT EXISTS incidents ON events (sasl_username, ts, client_address)
             WHERE recipient_count IS NULL;
@@ -1312,7 +1312,6 @@ class SQLiteRepository:
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
         self.path = path
-        self.more_schema = self.INDEXES  # a journal has other needs
         self._clock = clock
         self._connections: dict[int, sqlite3.Connection] = {}  # of each thread
         self._opened: os.stat_result | None = None  # the file of this name that was opened last
