@@ -2001,8 +2001,7 @@ class Recorder:
         with self._or_outage():
             moved = self.journal.replay(self._repository, deadline)
         ahead = self.journal.now_ms() - int(self._clock() * 1000)
-        self._last_known.grow((0, ms - ahead, event) for _, ms, event in moved)
-        self._replayed += len(moved)
+        self._replayed += self._last_known.grow((0, ms - ahead, event) for _, ms, event in moved)
         if self.journal.is_empty():
             seconds = self._clock() - self._down_since
             log.error(f"ERROR while UPDATING db: over after {seconds:.0f} s, {self._replayed} events replayed")
