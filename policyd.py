@@ -1207,12 +1207,11 @@ class MariaDBRepository:
         self.resolve()
         self._next_look = 0.0
         self.ask(f"{self.INSERT} {self.NO_ROW}", {}, time.monotonic() + patience_s)
-        found = f"{self}, logins of up to {self._columns[0][0]} characters"
-        if not self.index_remedy:
-            return f"{found}, index on (sasl_username, ts)"
-        found += f", NO index on (sasl_username, ts): slow when it is large; {self.index_remedy}"
-        log.warning(found)
-        return found
+        index = "index on (sasl_username, ts)"
+        if self.index_remedy:
+            index = f"NO {index}: slow when it is large; {self.index_remedy}"
+            log.warning(f"{self}, {index}")
+        return f"{self}, logins of up to {self._columns[0][0]} characters, {index}"
 
     def problems(self, deadline: float) -> list[str]:
         """Return what else is missing, once check() has found that events can be counted; the daemon goes on without.
