@@ -1526,7 +1526,7 @@ class Watch:
         is_much = usage.of_hour >= min(EARLY_FLOOR, limits.new_place_quota) and usage.recipients < limits.hold_at
         if not (is_much and limits.early_signs):
             return usage
-        known = self._known.get(login) or self.known_places(login, settings, deadline)
+        known = self._known[login] = self._known.get(login) or self.known_places(login, settings, deadline)
         if place_of(event.client_address, trusted) in known:  # None, which is no place, is
             return usage
         if login not in figures:
@@ -1534,11 +1534,12 @@ class Watch:
             figures[login] = signs(seen, known, trusted)
             rule = decide(Usage(*usage[:4], *figures[login]), limits).rule
             if rule in LASTING and not only_audits(settings, rule):  # an audit would ask for each message to come
-                figures[login] = signs(seen, self.known_places(login, settings, deadline), trusted)
+                known = self._known[login] = self.known_places(login, settings, deadline)
+                figures[login] = signs(seen, known, trusted)
         return Usage(*usage[:4], *figures[login])
 
     def known_places(self, login: str, settings: Settings, deadline: float | None) -> set[str | None]:
-        """Return, and remember, the places that are known of a login: used more than a day ago, or forgiven.
+        """Return the places that are known of a login: used more than a day ago, or forgiven.
 
         After an incident of this kind that nobody has forgiven, more than a day before it: else the thief's places
         would be known the next day.  None, which is no place, always is.
@@ -1547,10 +1548,8 @@ class Watch:
         history = self._store.ask(self.HISTORY, {"login": login, "keep": keep, "rows": HISTORY_ROWS}, deadline)
         held = [age_s for what, is_forgiven, age_s in history if is_forgiven is None and what.endswith(LASTING[1:])]
         long_ago = DAY_S + max(held, default=0.0)
-        known = {None, *(place_of(address, settings.trusted_network) for address, is_forgiven, age_s in history
-                         if is_forgiven or (is_forgiven == 0 and age_s >= long_ago))}  # fmt: skip
-        self._known[login] = known  # and not returned from there: the other thread may forget them all
-        return known
+        return {None, *(place_of(address, settings.trusted_network) for address, is_forgiven, age_s in history
+                        if is_forgiven or (is_forgiven == 0 and age_s >= long_ago))}  # fmt: skip
 
     def sweep(self, settings: Settings, lately_s: float) -> Iterator[tuple[str, Verdict, int]]:
         """Yield, with the day's recipients, who has been in too many places in half an hour or a day.
