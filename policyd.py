@@ -816,14 +816,13 @@ class Event(NamedTuple):
 Row = tuple[int, int, Event]  # of a journal: row id (0: of none), ms since 1970, event
 
 
-def run_up(logins: Sequence[str], events: Sequence[Event], totals: Mapping[str, Usage]) -> list[Usage]:
-    """Return the usages after each event, given the `totals` of the logins after the last one.
+def run_up(logins: Sequence[str], events: Sequence[Event], left: dict[str, Usage]) -> list[Usage]:
+    """Return the usages after each event, given those of the logins after the last one: `left`, which is used up.
 
     Computed back, because a store is asked once a batch and login, when all is in it.
     """
-    if len(totals) == len(logins):
-        return [totals[login] for login in logins]  # each of them once, as mostly
-    left = dict(totals)
+    if len(left) == len(logins):
+        return [left[login] for login in logins]  # each of them once, as mostly
     usages = []
     for login, event in zip(reversed(logins), reversed(events)):
         usage, recipients = left[login], event.recipient_count or 0
