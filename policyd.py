@@ -1695,8 +1695,6 @@ class Journal:
                 known.grow(self.kept)
                 self._in_file = 0 if is_none else known.grow(self._file.first())
                 self.known = known  # only now: of a file that cannot be read any more it is all there is
-                if self._in_file and not self.trouble:
-                    log.warning(f"{self._in_file} events of an earlier outage wait in the journal")
             self._file.check()
             self._moved = 0  # only now: what cannot be deleted would be moved again by each start
             self._write()
