@@ -1981,9 +1981,8 @@ class Recorder:
         delay_s = 0.0
         while not self._closing.wait(delay_s):
             self.look_for_store()
-            if not self._away.wait(MINUTE_S):  # else it said that it is ready, and failed
+            while not self._away.wait(MINUTE_S):  # else it said that it is ready, and failed
                 delay_s = 0.0
-                self._away.wait()
             delay_s = min(max(shortest, 2 * delay_s), longest)
 
     def _move_slice(self, deadline: float) -> bool:
