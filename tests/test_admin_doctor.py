@@ -82,7 +82,7 @@ SERVICES = {  # its options, the kind of its line, how that begins
             "asks in smtpd_recipient_restrictions, where nothing can be counted"),
     "590": (f"{AUTH}; {END} = {ASKS}; smtpd_proxy_filter = [127.0.0.1]:10024", "wrong", "has smtpd_proxy_filter"),
     "591": (f"{AUTH}; {END} = {ASKS.replace(', default_action=DUNNO', '')}", "warning", "has no default_action=DUNNO"),
-    "592": (f"{AUTH}; {END} = check_policy_service,inet:localhost:9093", "warning", "has no default_action"),
+    "592": (f"{AUTH}; {END} = check_policy_service,inet:[localhost]:9093", "warning", "has no default_action"),
     "593": (f"{AUTH}; {END} = {ASKS.replace('timeout=10s, ', '')}", "warning", "has no timeout=10s"),
 }  # fmt: skip
 
@@ -97,7 +97,7 @@ def test_each_mistake_of_a_service_is_found_and_main_cf_is_for_all(desk: Desk, t
     for name, (_, kind, begin) in SERVICES.items():
         assert said[name][0] == kind, found.text
         assert said[name][1].startswith(begin), found.text
-    main = {"smtpd_sasl_auth_enable": "yes", END: "check_policy_service inet:127.0.0.1:9093",
+    main = {"smtpd_sasl_auth_enable": "yes", END: "check_policy_service inet:localhost:9093",
             "smtpd_policy_service_default_action": "DUNNO", "smtpd_policy_service_timeout": "10s"}  # fmt: skip
     found = Findings(desk, **a_postfix(tmp_path, {"smtp": "", "submission": f"{END} ="}, **main))
     assert found.has("ok", "smtp/inet asks policyd")
