@@ -589,6 +589,8 @@ def parse_request(lines: bytes) -> PolicyRequest:
 
     Unknown attributes are ignored, of one given twice the last counts, and a missing one is as good as an empty one.
     """
+    if len(lines) + len(b"\n\n") > MAX_REQUEST:
+        raise ProtocolError(f"a request longer than {MAX_REQUEST} bytes")
     if len(lines) > MAX_LINE < max(map(len, lines.split(b"\n"))):  # most requests are shorter than a line may be
         raise ProtocolError(f"a line longer than {MAX_LINE} bytes")
     text = lines.decode(errors="latin-1")
@@ -625,29 +627,24 @@ def requests(connection: socket.socket) -> Iterator[PolicyRequest]:
     """
     received, deadline = b"", 0.0  # by when the request that has begun must be here
     _limit_waiting(connection, IDLE_TIMEOUT_S)
-    while True:
-        lines, end, rest = received.partition(b"\n\n")
-        if len(lines) + len(end) > MAX_REQUEST:
-            raise ProtocolError(f"a request longer than {MAX_REQUEST} bytes")
-        begun = [] if end else lines.split(b"\n")  # a health check that speaks HTTP never sends an end: refused now
-        if end or any(b"=" not in line for line in begun[:-1]) or max(map(len, begun)) > MAX_LINE:
-            if deadline:
-                _limit_waiting(connection, IDLE_TIMEOUT_S)
-            received, deadline = rest, 0.0
-            yield parse_request(lines)
-            continue
-        if received:
-            deadline = deadline or time.monotonic() + REQUEST_TIMEOUT_S
-            _limit_waiting(connection, max(0.001, deadline - time.monotonic()))
-        try:
-            more = connection.recv(MAX_LINE)  # most requests in one piece, and a small buffer for each
-        except BlockingIOError:
+    try:
+        while more := connection.recv(MAX_LINE):  # most requests in one piece, and a small buffer for each
+            *whole, received = (received + more).split(b"\n\n")
+            for lines in whole:
+                yield parse_request(lines)
+            begun = received.split(b"\n")
+            is_long = len(received) > MAX_REQUEST or max(map(len, begun)) > MAX_LINE
+            if is_long or any(b"=" not in line for line in begun[:-1]):
+                parse_request(received)  # refused now: a health check that speaks HTTP never sends an end
             if received:
-                raise ProtocolError(f"incomplete after {REQUEST_TIMEOUT_S} s") from None
-            return  # nobody has asked anything: no news
-        if not more:
-            return
-        received += more
+                deadline = (not whole and deadline) or time.monotonic() + REQUEST_TIMEOUT_S
+                _limit_waiting(connection, max(0.001, deadline - time.monotonic()))
+            elif deadline:
+                deadline = 0.0
+                _limit_waiting(connection, IDLE_TIMEOUT_S)
+    except BlockingIOError:
+        if received:  # else nobody has asked anything: no news
+            raise ProtocolError(f"incomplete after {REQUEST_TIMEOUT_S} s") from None
 
 
 # ---- decision: numbers, hours and places; no clock, no socket, no SQL ------------------------------------------
