@@ -503,20 +503,17 @@ class Settings:
         each has a recipient at least, and older ones change no answer.  Those of a batch are on top: running sums are
         computed back from the last one.
         """
-        early = (self.max_places or NEVER, self.new_place_quota or NEVER, True) if self.early_signs != "no" else ()
-        reject_at = self.rejectquota or 2 * self.defaultquota
-        everybody = Limits(self.defaultquota, reject_at, self.hourquota or NEVER, *early)
-        limits = {"": everybody}
-        for (name, day, hour), _ in self.quota.given:
+        limits: dict[str, Limits] = {}
+        is_early = self.early_signs != "no"
+        most = self.rejectquota or 2 * self.defaultquota
+        everybody = "", self.defaultquota, self.hourquota
+        for name, day, hour in (everybody, *(quota for quota, _ in self.quota.given)):
             login = self.login_of(name)
             reject_at = 2 * day if 0 < day < NEVER else NEVER  # 0 is there to hold all mail, not to refuse it
-            hour = everybody.hour if hour < 0 else hour or NEVER
-            own = everybody._replace(hold_at=day, reject_at=reject_at, hour=hour, own=login)
-            # Of a single login the bulk is known, of a domain not.
-            limits[login] = own if name.startswith("@") else own._replace(new_place_quota=NEVER)
-        for login, each in limits.items():
-            decisive = [limit for limit in each[:3] if limit < NEVER] or [everybody.hold_at, everybody.reject_at]
-            limits[login] = each._replace(rows=BATCH_EVENTS + max(decisive))
+            sums = day, reject_at if name else most, (self.hourquota if hour < 0 else hour) or NEVER
+            rows = BATCH_EVENTS + max((limit for limit in sums if limit < NEVER), default=most)
+            bulk = self.new_place_quota if is_early and name[:1] in ("", "@") else 0  # that of a single login is known
+            limits[login] = Limits(*sums, is_early * self.max_places or NEVER, bulk or NEVER, is_early, login, rows)
         return limits
 
     def limits_of(self, login: str, sasl_username: str = "") -> Limits:
