@@ -751,11 +751,10 @@ def signs(seen: Iterable[Sequence[Any]], known: set[str | None], trusted: UserLi
     """
     new = [(place, *rest) for address, *rest in seen if (place := place_of(address, trusted)) not in known]
     recipients, messages = (sum(row[n] for row in new) for n in (1, 2))
-    return (
-        len({place for place, _, _, age_s in new if age_s < HALF_HOUR_S}),
-        len({place for place, *_ in new}),
-        int(recipients) if messages >= MESSAGES_TO_JUDGE else 0,  # int: the driver may make Decimals
-    )
+    places = {place for place, *_ in new}
+    of_half_hour = {place for place, _, _, age_s in new if age_s < HALF_HOUR_S}
+    # As an int: the driver may make Decimals.
+    return len(of_half_hour), len(places), int(recipients) if messages >= MESSAGES_TO_JUDGE else 0
 
 
 def in_office_hours(now: time.struct_time, days: tuple[int, int], hours: tuple[int, int]) -> bool:
