@@ -726,8 +726,7 @@ def decide(usage: Usage, limits: Limits) -> Verdict:
 
 def only_audits(settings: Settings, rule: str) -> bool:
     """Tell whether what a rule would do is logged, and not done; a human's block is always done."""
-    is_early = rule in LASTING[1:] and settings.early_signs == "audit"
-    return rule != "blocked" and (is_early or settings.mode == "audit")
+    return rule != "blocked" and (settings.mode == "audit" or (rule in LASTING and settings.early_signs == "audit"))
 
 
 @functools.lru_cache(maxsize=10_000)
