@@ -2150,9 +2150,8 @@ class Policy:
         is_audit = only_audits(settings, verdict.rule)
         self.figures.note(login, verdict.action, is_audit)
         who = f" for user {login} using {sender} from ip [{client_address}]" if usage else f": {message}"
-        word, text = "REJECTING", settings.reject_message
-        if verdict.action == "HOLD":
-            word, text = "DEFERRING" if usage else "Holding", settings.hold_message
+        word = "REJECTING" if verdict.action == "REJECT" else "DEFERRING" if usage else "Holding"
+        text = settings.reject_message if verdict.action == "REJECT" else settings.hold_message
         queue_id = f", queue_id={request.queue_id[:KEPT_TEXT]}" if request.queue_id else ""  # which held message is it?
         log.info(f"{f'would {verdict.action}' if is_audit else word} {verdict.said}{who}{queue_id}")
         if is_audit:
