@@ -70,7 +70,6 @@ import pwd
 import queue
 import random
 import re
-import resource
 import select
 import shlex
 import shutil
@@ -2242,7 +2241,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         One too many is closed at once: in the queue it would wait.  64 descriptors are for database, store and log.
         """
         policy, connections = self.server.policy, self.server.connections
-        most = min(policy.recorder.settings.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64)
+        most = min(policy.recorder.settings.max_connections, os.sysconf("SC_OPEN_MAX") - 64)
         peer = self.client_address[0] if self.client_address else "the Unix socket"
         self._answered = threading.Lock()  # held while an answer is owed: released by the thread that gives it
         connections.add(self.request)
