@@ -255,8 +255,7 @@ class UserList:
     """
 
     def __init__(self, given: Iterable[tuple[Any, int]]) -> None:
-        self.given = tuple(given)  # also what stands there twice: of a quota= that is a mistake, of a name it is none
-        self.lines = dict(self.given)
+        self.lines = dict(given)
         self._networks = [entry for entry in self.lines if not isinstance(entry, str)]
 
     def line_of(self, names: Iterable[str], client_address: str) -> int:
@@ -431,7 +430,7 @@ class Settings:
         lines = {key: pairs[0][1] for key, pairs in given.items()}
         values: Any = {key: UserList(pairs) if key in REPEATED else pairs[0][0] for key, pairs in given.items()}
         settings = cls(**values, lines=lines, gone=gone, path=path)
-        for number, mistake in settings._mistakes():
+        for number, mistake in settings._mistakes(given.get("quota", ())):
             raise SettingsError(f"{path}:{number}: {mistake}")
         return settings
 
@@ -464,7 +463,7 @@ class Settings:
             raise ValueError(f"{key}= was given in line {given[key][0][1]} already; keep one of them")
         given.setdefault(key, []).append((value, number))
 
-    def _mistakes(self) -> Iterator[tuple[int, str]]:
+    def _mistakes(self, quotas: Iterable[tuple[tuple[str, int, int], int]]) -> Iterator[tuple[int, str]]:
         """Yield what is wrong though each line is right by itself, with the number of the line to be shown.
 
         And note in `lines` where each login's quota= stands.
@@ -479,7 +478,7 @@ class Settings:
             yield self.lines["keep_days"], f"early_signs= needs keep_days={DAYS_TO_JUDGE + 1} or more (better 30)"
         if self.dbssl_ca:
             self.tls()
-        for (name, _, _), number in self.quota.given:
+        for (name, _, _), number in quotas:  # also those that are equal, of which `quota` has one
             login = self.login_of(name)
             if self.lines.setdefault(f"quota={login}", number) < number:
                 yield number, f"{login} has a quota= already; keep one of them"
@@ -506,7 +505,7 @@ class Settings:
         is_early = self.early_signs != "no"
         most = self.rejectquota or 2 * self.defaultquota
         everybody = "", self.defaultquota, self.hourquota
-        for name, day, hour in (everybody, *(quota for quota, _ in self.quota.given)):
+        for name, day, hour in (everybody, *self.quota.lines):
             login = self.login_of(name)
             reject_at = 2 * day if 0 < day < NEVER else NEVER  # 0 is there to hold all mail, not to refuse it
             sums = day, reject_at if name else most, (self.hourquota if hour < 0 else hour) or NEVER
