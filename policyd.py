@@ -2453,8 +2453,7 @@ class Daemon:
             os.unlink(settings.state_file("notified.json"))  # of 0.1
         # Signals, a byte each, from whichever thread the kernel hands one to: when it is one that just begins, the main
         # one sleeps on.  Each waits for its turn.  None is blocked: what on_stop= runs would inherit that.
-        self._signals, self.wakeup = os.pipe()
-        os.set_blocking(self.wakeup, False)  # as signal.set_wakeup_fd() asks
+        self._signals, self.wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # as signal.set_wakeup_fd() asks
         self.actions: dict[int, Callable[[], None]] = {
             # Of a terminal it means that somebody who tried policyd out has left.
             signal.SIGHUP: self.stop if os.isatty(0) else self.reload,
