@@ -2031,8 +2031,7 @@ class Figures:
 
     def logins_held(self) -> int:
         """Return how many logins were held or refused when they last sent, within 24 h."""
-        since = self._clock() - DAY_S
-        return sum(when > since for when in list(self._held.values()))
+        return sum(self._clock() - when < DAY_S for when in list(self._held.values()))
 
     def p99_s(self) -> float:
         """Return the time that 99 % of the last answers kept to; 0 if there is none."""
