@@ -172,7 +172,8 @@ class Log:
         self._lines: queue.SimpleQueue[tuple[int, str] | None] = queue.SimpleQueue()
         # Without a lock, which every line would wait for: it is no matter if one of thousands is not counted.
         self._dropped = 0
-        self._complaints: dict[str, tuple[float, int, str]] = {}  # of a topic: since when, how many more, the last line
+        # Of a topic: since when (NEVER: told once), how many more, the last line.
+        self._complaints: dict[str, tuple[float, int, str]] = {}
         self._write: Callable[[int, str], object] = syslog.syslog
         self.thread = threading.Thread(target=self._write_all, name="log", daemon=True)
         self.info = functools.partial(self._put, syslog.LOG_INFO)  # a decision
@@ -194,12 +195,19 @@ class Log:
             return self._lines.put((level, printable(line)))
         self._dropped += 1
 
-    def complain(self, topic: str, line: str) -> None:
-        """Warn of what may happen a thousand times: of a topic at once, and tick() tells how many more came."""
-        since, more, _ = self._complaints.get(topic, (time.monotonic(), -1, ""))
+    def complain(self, topic: str, line: str, lasts: bool = False) -> None:
+        """Warn of what may happen a thousand times: of a topic at once, and tick() tells how many more came.
+
+        Of what `lasts` it tells no more, until forget() says that it is over.
+        """
+        since, more, _ = self._complaints.get(topic, (NEVER if lasts else time.monotonic(), -1, ""))
         self._complaints[topic] = since, more + 1, line
         if more < 0:
             self.warning(line)
+
+    def forget(self, topic: str) -> None:
+        """Complain of a topic at once when it comes again."""
+        self._complaints.pop(topic, None)
 
     def tick(self, now: float) -> None:
         """Sum up the complaints of the last minute; to be called now and then, with monotonic seconds.
@@ -2056,7 +2064,6 @@ class Policy:
         self._on_its_way: set[tuple[str, str]] = set()  # a login and a word of its incident that is being recorded
         self._swept = float(-DAY_S)  # who has sent since then is to be swept; at first all logins
         self._would_hold: dict[str, float] = {}  # of whom a sweep has said so in an audit, and when
-        self._is_sweep_failing = False  # it is said once
 
     def answer(self, request: PolicyRequest, peer: str, reply: Reply) -> None:
         """Call reply(access(5) action) once, now or from a thread of the recorder's, so that it must not block.
@@ -2193,11 +2200,10 @@ class Policy:
                 elif now - self._would_hold.get(login, -DAY_S) >= DAY_S:  # no incident is recorded: found each time
                     self._would_hold[login] = now
                     log.info(f"would HOLD {verdict.said} for user {login}, found by the sweep")
-            self._is_sweep_failing, self._swept = False, now - MINUTE_S  # an event's time is before its commit
+            self._swept = now - MINUTE_S  # an event's time is before its commit
+            log.forget("sweep")
         except RepositoryUnavailable as error:
-            if not self._is_sweep_failing:
-                log.warning(f"no sweep for early signs, trying each minute: {error}")
-            self._is_sweep_failing = True
+            log.complain("sweep", f"no sweep for early signs, trying each minute: {error}", lasts=True)
         # Relays that were started together shall not sweep together: two would find the same thief, and tell twice.
         return random.uniform(0.9, 1.1) * MINUTE_S
 
@@ -2332,9 +2338,6 @@ def sd_notify(*lines: str) -> None:
         systemd.sendto("\n".join(lines).encode(), address)
 
 
-unwritten: set[str] = set()  # files that have been complained of since they could last be written
-
-
 def write_file(path: str, text: str, mode: int) -> None:
     """Write a file so that nobody ever reads half of it, or complain: mail flows.  After a power cut it may be gone."""
     try:
@@ -2342,11 +2345,9 @@ def write_file(path: str, text: str, mode: int) -> None:
             os.fchmod(file.fileno(), mode)
             file.write(text)
         os.replace(f"{path}.new", path)
-        unwritten.discard(path)
+        log.forget(path)
     except OSError as error:
-        if path not in unwritten:  # once, not once a minute
-            log.warning(f"{path} cannot be written: {error.strerror}")
-        unwritten.add(path)
+        log.complain(path, f"{path} cannot be written: {error.strerror}", lasts=True)
 
 
 class OnStop:
