@@ -2410,20 +2410,18 @@ class OnStop:
 
 
 def purge(repository: Repository, recorder: Recorder) -> float:
-    """Delete the oldest events, slice by slice; return the seconds until the next purge.
+    """Delete a slice of the oldest events; return the seconds until the next one: a day, when nothing is left.
 
     Without the right to DELETE policyd counts all the same, and warns each hour.
     """
     keep_days = recorder.settings.keep_days
-    words, deleted = {"keep": keep_days * DAY_S, "rows": PURGE_SLICE}, 0
     try:
-        while more := repository.ask(repository.PURGE, words)[0][0]:
-            deleted += more
-            time.sleep(PAUSE_S)  # in which mail comes in between: a lock that is taken again at once nobody else gets
+        if repository.ask(repository.PURGE, {"keep": keep_days * DAY_S, "rows": PURGE_SLICE})[0][0]:
+            return PAUSE_S  # in which mail comes in between: a lock that is taken again at once nobody else gets
     except RepositoryUnavailable as error:
         log.warning(f"old events stay for now: {error}")
         return HOUR_S
-    log.info(f"purged {deleted} events older than {keep_days} days")
+    log.info(f"purged the events older than {keep_days} days")
     return DAY_S
 
 
