@@ -356,8 +356,7 @@ def _quota(text: str) -> tuple[str, int, int] | None:
     """
     number = "([0-9]{1,9}|unlimited)"
     match = re.fullmatch(rf"(?!.*:[0-9]+ )(.*?\S) *: *{number}(?: *: *{number})?", text.lower())
-    name = _entry(match[1]) if match else None
-    if not match or not isinstance(name, str):
+    if not match or not isinstance(name := _entry(match[1]), str):
         return None
     day, hour = (NEVER if limit == "unlimited" else int(limit or -1) for limit in match.groups()[1:])
     return name, day, hour if day < NEVER else max(hour, 0)  # `unlimited` is never held for a sum
