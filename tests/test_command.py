@@ -61,9 +61,7 @@ def test_a_wrong_command_line_gets_one_line() -> None:
         assert output(1, *arguments.split()) == f"policyd: {message}; see policyd --help\n"
 
 
-def test_check_settings_looks_at_the_file_alone_and_where_pymysql_is_needed_its_package_is_named(
-    file: Path,
-) -> None:
+def test_check_settings_looks_at_the_file_alone_and_where_pymysql_is_needed_its_package_is_named(file: Path) -> None:
     """Neither the database nor the port, statedir or PyMySQL are asked for: a reload needs only that."""
     file.with_name("pymysql.py").write_text("raise ImportError('not installed')")
     with socket.create_server(("127.0.0.1", 0)) as taken:

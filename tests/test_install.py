@@ -393,6 +393,8 @@ def test_the_dashboard_shows_every_metric_and_no_other() -> None:
     assert {name for query in queries for name in re.findall(r"policyd_(\w+)", query)} == set(known)
     assert [variable["name"] for variable in board["__inputs"]] == ["DS_PROMETHEUS"]
     assert {panel["datasource"]["uid"] for panel in board["panels"]} == {"${DS_PROMETHEUS}"}
+    (up,) = (query for query in queries if "policyd_database_up" in query)
+    assert "time() - node_textfile_mtime_seconds" in up, "where policyd is stopped its last figures stay"
 
 
 UNIT_TEXT = (ROOT / "unit.service").read_text()
