@@ -671,7 +671,7 @@ class Usage(NamedTuple):
 
     def plus(self, other: Usage) -> Usage:
         """Return what two stores know of one login."""
-        incidents = self.incidents | other.incidents
+        incidents = self.incidents | other.incidents if other.incidents else self.incidents
         return Usage(self.recipients + other.recipients, self.of_hour + other.of_hour, incidents, *self[3:])
 
     def lasting(self) -> str:
@@ -1611,7 +1611,7 @@ class LastKnown:
             minute = -(-ms // 60_000) * 60_000  # its end: rather too hard for a minute than too soft
             known = self._usages.setdefault(event.sasl_username, {})
             more = sign * (event.recipient_count or 0)
-            incidents = frozenset([event.client_address] if event.recipient_count is None else [])
+            incidents = frozenset([event.client_address]) if event.recipient_count is None else NOTHING.incidents
             known[minute] = known.get(minute, NOTHING).plus(Usage(more, more, incidents))
         return number
 
