@@ -335,8 +335,8 @@ def _servers(text: str) -> tuple[tuple[str, int | None], ...] | None:
 
 # What people write into lists, and no login, sender or domain ever is: it would be on no list, and nobody would know.
 NEVER_MATCHES = (
-    r"|.* #.*|.*[,;<>].*|[/*\[\u201c\u201e].*|.*[*'\"\u2019\u201d]"  # comments, several, expressions, quotes, wildcards
-    r"|@.*@.*|.*(\*@|@\.|@.*[*? ]).*|.*@"  # lena*@example.org, @.example.org, lena@example.org lisa@example.org
+    r"|.* #.*|.*[,;<>].*|[/*\[\xab\u201c\u201e].*|.*[*'\"\u2019\u201d]"  # comments, several, expressions, quotes, *
+    r"|@.*@.*|\.[^@]*|.*(\*@|@\.|@.*[*? ]).*|.*@"  # .example.org, lena*@example.org, lena@a.example lisa@a.example
     r"|([0-9]+\.){3}[^@]*|[0-9.]+([/*%\[][0-9.*%\[\]-]*|\.)"  # 192.0.2.10-20, 10.*, 10/8, 192.0.
     r"|[0-9a-f:]*:(:|[0-9a-f.]*[/*\u2013 -])[^@]*|ipv6:.*"  # 2001:db8:::1, 2001:db8:*, 2001:db8:1/48, IPv6:2001:db8::1
 )
