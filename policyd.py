@@ -1578,6 +1578,7 @@ PAUSE_S = 0.2  # of a recorder with nothing to do: so late it sees a store found
 REPLAY_SLICE = 500  # rows of the journal that one INSERT takes between two batches
 SPARE_BYTES = 256 << 10  # that the journal leaves free: from a disk that is full of it nothing could be moved
 LAST_KNOWN_LOGINS = 100_000
+NOT_YET_KNOWN = "it is still being looked for"  # the reason of an outage, until the first look tells a better one
 OnUsage = Callable[[Optional[Usage]], None]
 Waiting = tuple[Event, OnUsage, float]  # with the time of its arrival
 
@@ -1895,7 +1896,7 @@ class Recorder:
         """
         refused: set[int] | None = None  # None: it is not in the store
         if self._away.is_set():
-            self._note_outage(self._reason or "it is still being looked for")
+            self._note_outage(self._reason or NOT_YET_KNOWN)
         elif deadline - self._clock() < LEAST_LEFT_S:  # no reason to call the store away: it is others who are late
             self._note_outage("the database is too slow: events have waited for more than 2 s")
         else:
@@ -1940,11 +1941,10 @@ class Recorder:
         try:
             yield
         except Exception as error:  # any other kind is a fault of ours, and no reason to lose count
-            if not (self._reason and self._away.is_set()):  # else it was away, and that has been said
-                if self._clock() - self._found_at > MINUTE_S:  # a new one, though a broken journal keeps the last
-                    self._reason = ""
-                is_known = isinstance(error, RepositoryUnavailable)
-                self._note_outage(str(error) if is_known else traceback.format_exc())
+            if not self._away.is_set() or self._reason in ("", NOT_YET_KNOWN):  # else that it is away has been said
+                if not self._away.is_set() and self._clock() - self._found_at > MINUTE_S:
+                    self._reason = ""  # a new one, though a broken journal keeps the last
+                self._note_outage(str(error) if isinstance(error, RepositoryUnavailable) else traceback.format_exc())
             self._away.set()
 
     def _note_outage(self, reason: str) -> None:
