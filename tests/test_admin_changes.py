@@ -138,10 +138,11 @@ def test_a_block_holds_at_once_everywhere_until_it_is_lifted(store: Store, polic
 
 
 def test_a_block_says_what_beats_it_and_that_a_domain_is_no_login(desk: Desk) -> None:
-    desk.write("whitelist=carla", "whitelist=boris", "whitelist_days=1-7", "whitelist_hours=0-24")
+    desk.write("whitelist=carla@example.org", "whitelist=boris", "whitelist_days=1-7", "whitelist_hours=0-24")
     text = desk("block", "boris", "--yes")
     assert "boris: BUT line 3 of the settings whitelists it" in text
     assert "\nok: whitelisted now" in text
+    assert "carla: BUT line 2 of the settings whitelists it" in desk("block", "carla"), "when she logs in as that"
     desk.write("blacklist=boris", mode="audit")
     text = desk("block", "boris", "--yes")
     assert "boris: BUT line 3 of the settings blacklists it,\nwhich beats a block and passes in mode=audit\n" in text
