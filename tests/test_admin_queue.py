@@ -247,12 +247,12 @@ def test_what_waits_in_any_queue_is_deleted_and_what_others_have_stays(postfix: 
 def test_nothing_is_done_when_one_argument_is_wrong(postfix: Postfix, desk: Desk) -> None:
     boris, person = submit(postfix, "boris"), put_on_hold(postfix)
     words = ("anna", NO_LOGIN, "ALL", "*", "-", "boris\nboris", "\x1b[31m\\é'\"", f"{boris}0")
-    wrong = {**dict.fromkeys(words, "no login and no queue id of a message that waits"),
+    wrong = {**dict.fromkeys(words, "nothing of this login or queue id is there to {}"),
              person: "no login sent it, policyd has not held it: use postsuper"}  # fmt: skip
     for command in ("release", "delete"):
         for word, reason in wrong.items():
             line = desk.refusal(command, "--yes", "--", "boris", word, "boris")
-            assert line == f"{printable(word)}: {reason}; nothing was changed"
+            assert line == f"{printable(word)}: {reason.format(command)}; nothing was changed"
     assert postfix.queue() == dict.fromkeys([boris, person], "hold")
 
 
