@@ -145,12 +145,12 @@ def test_a_reload_is_told_as_far_as_the_log_tells_and_a_restart_that_is_due(tmp_
     assert told(-3600).has("wrong", f"pid {running.pid}, but does not answer: systemctl restart policyd")
 
 
-def test_what_policyd_itself_finds_is_passed_on(desk: Desk, database: Database) -> None:
+def test_what_policyd_itself_finds_is_passed_on(desk: Desk, tmp_path: Path, database: Database) -> None:
     desk.write(**database.settings())
     assert Findings(desk).has("ok", "the store's clock is ")
     database.query("DROP TABLE events")
     lines = ["max_networks=5", "early_signs=audit", "keep_days=30", "on_stop=/nonexistent/program"]
-    desk.write(*lines, **database.settings())
+    desk.write(*lines, **{**database.settings(), "statedir": str(tmp_path / "missing")})
     found = Findings(desk)
-    for part in ("there is no table events", "on_stop=/nonexistent/program", "max_networks= is gone"):
+    for part in ("there is no table events", "on_stop=/nonexistent/program", "max_networks= is gone", "statedir: "):
         assert found.has("wrong", part)
