@@ -1149,8 +1149,9 @@ class MariaDBRepository:
                 ((figures,),) = self._ask(connection, newest, words)
                 found, _ = _usage_of(figures)
                 if found.recipients < rows[login]:
-                    del long[login]  # it was forgiven, and these rows are all that it has
-                totals[login] = found.plus(Usage(0, 0, long.get(login, NOTHING.incidents)))
+                    del long[login]  # it was forgiven
+                    continue
+                totals[login] = found._replace(incidents=found.incidents | long[login])
                 del unseen[login]
             for name, figures in self._ask(connection, sums, {"logins": [*unseen]}) if unseen else ():
                 if (login := name.rstrip(" ")) not in unseen:  # but like it for the column's collation
